@@ -1,0 +1,1 @@
+"""Benchmarks: each `python -m benchmarks.NAME [--quick] --json OUT`; findings in benchmarks/README.md."""

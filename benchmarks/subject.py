@@ -1,0 +1,200 @@
+"""Does an adapter learn its subject and keep its class? `python -m benchmarks.subject --json OUT [--quick]`.
+
+Trains the defaults on held-out instances (five renders each, in five contexts), with and without
+the prior, and scores pictures in six other contexts: similarity to the subject's own renders in an
+instance encoder, between floor (other instances of the noun) and ceiling (the subject's renders
+through the autoencoder); what judges find in them; and what became of "a photo of a NOUN".
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks import report
+from benchmarks.toybox import JUDGES, tensor_of
+from dbadapter import lora
+from dbadapter.base import Base, load_base
+from dbadapter.sampling import generate_pictures, grid
+from dbadapter.toybox import captions, names, world
+from dbadapter.toybox.judges import Judges, judges, to_tensor
+from dbadapter.toybox.render import render
+from dbadapter.toybox.subjects import SUBJECTS, TEST_CONTEXTS, Subject, photographs, views
+
+#: Extra `dbadapter train` options of each variant; the first is the default.
+VARIANTS: dict[str, list[str]] = {
+    "default": [],
+    "no_prior": ["--prior", "none"],
+    "generated": ["--prior", "generated"],
+    "distill_instance": ["--prior", "distill", "--prior-source", "instance"],
+    "distill_sampled": ["--prior", "distill", "--prior-source", "sampled"],
+}
+IDENTIFIER = "sks"
+
+
+def similarity(vectors: Tensor, references: Tensor) -> float:
+    """Return the mean cosine between unit vectors (n, d) and references (m, d), over all pairs."""
+    return float((vectors @ references.T).mean())
+
+
+def diversity(vectors: Tensor) -> float:
+    """Return the mean of 1 - cosine over all pairs of different unit vectors, shape (n, d)."""
+    cosine = vectors @ vectors.T
+    return float(1 - (cosine.sum() - len(vectors)) / (len(vectors) * (len(vectors) - 1)))
+
+
+def train(folder: Path, output: Path, noun: str, options: list[str]) -> tuple[float, float]:
+    """Run `dbadapter train` in a process of its own; return its seconds and its peak memory in MB."""
+    command = [sys.executable, "-m", "dbadapter", "train", "--instance-data-dir", str(folder), "--class-noun", noun]
+    command += ["--output-dir", str(output), "--name", "subject", "--identifier", IDENTIFIER, "--overwrite", *options]
+    start = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        words = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise click.ClickException(f"training failed: {words.strip().splitlines()[-1]}")
+    return time.perf_counter() - start, usage.ru_maxrss / 1024
+
+
+def references(judge: Judges, base: Base, subject: Subject, each: int) -> tuple[Tensor, float, float]:
+    """Return the subject's own vectors, the ceiling and the floor."""
+    own = judge.embed(to_tensor(render(views(subject, TEST_CONTEXTS, each, stream=1))[0]))
+    again = to_tensor(render(views(subject, TEST_CONTEXTS, each, stream=2))[0])
+    with torch.no_grad():
+        back = base.vae.decode(base.vae.encode(again).latent_dist.mode()).sample.clamp(-1, 1)
+    rng = np.random.default_rng((909, subject.number))
+    strangers = [
+        world.Scene(world.sample_instance(rng, subject.noun), world.sample_view(rng, names.CONTEXTS.index(context)))
+        for context in TEST_CONTEXTS
+        for _ in range(each)
+    ]
+    floor = similarity(judge.embed(to_tensor(render(strangers)[0])), own)
+    return own, similarity(judge.embed(back), own), floor
+
+
+def pictures(base: Base, prompts: list[str], each: int, steps: int, seed: int = 1000) -> list[Image.Image]:
+    """Return `each` pictures of every prompt."""
+    made = generate_pictures(
+        base.pipeline, prompts, num_images_per_prompt=each, num_inference_steps=steps, seed=seed, batch_size=12
+    )
+    return [picture.image for picture in made]
+
+
+def score(judge: Judges, subject: Subject, own: Tensor, shown: list[Image.Image], each: int) -> dict[str, float]:
+    """Return similarity, noun and context agreement of pictures in the test contexts."""
+    tensors = tensor_of(shown)
+    found = judge.classify(tensors)
+    wanted = torch.tensor([names.CONTEXTS.index(c) for c in TEST_CONTEXTS for _ in range(each)])
+    return {
+        "similarity": similarity(judge.embed(tensors), own),
+        "context": float((found["context"] == wanted).float().mean()),
+        "noun": float((found["noun"] == names.NOUNS.index(subject.noun)).float().mean()),
+    }
+
+
+def measure(
+    base: Base, judge: Judges, subject: Subject, variants: list[str], work: Path, options: list[str], quick: bool
+) -> dict[str, Any]:
+    """Train one subject in every variant; return its figures, and keep a sheet of pictures beside them."""
+    each, steps, class_count = (1, 8, 6) if quick else (4, 25, 24)
+    folder = work / subject.name
+    photos = photographs(subject, folder / "photographs")
+    own, ceiling, floor = references(judge, base, subject, each)
+    noun = f"{IDENTIFIER} {subject.noun}"
+    prompts = [captions.prompt(noun, context) for context in TEST_CONTEXTS]
+    class_prompts = [captions.prompt(captions.article(subject.noun))]
+    before, class_before = pictures(base, prompts, each, steps), pictures(base, class_prompts, class_count, steps)
+    spread = diversity(judge.embed(tensor_of(class_before)))
+    start = score(judge, subject, own, before, each)
+    truth = [Image.fromarray(p) for p in render(views(subject, TEST_CONTEXTS, stream=1))[0]]
+    rows = [[Image.open(p) for p in photos], truth, before[::each]]
+    notes = ["photographs", "true renders", "base"]
+    results: dict[str, Any] = {}
+    for variant in variants:
+        output = folder / variant
+        seconds, memory = train(folder / "photographs", output, subject.noun, [*options, *VARIANTS[variant]])
+        file = output / "subject.safetensors"
+        lora.apply(base.pipeline, {file: 1.0})
+        after, class_after = pictures(base, prompts, each, steps), pictures(base, class_prompts, class_count, steps)
+        lora.apply(base.pipeline, {})
+        reached, vectors = score(judge, subject, own, after, each), judge.embed(tensor_of(class_after))
+        results[variant] = {
+            "similarity_after": reached["similarity"],
+            "context_agreement": reached["context"],
+            "noun_agreement": reached["noun"],
+            "class_diversity_ratio": diversity(vectors) / spread,
+            "class_similarity": similarity(vectors, own),
+            "seconds": seconds,
+            "peak_memory_mb": memory,
+            "adapter_bytes": file.stat().st_size,
+        }
+        rows += [after[::each], after[1::each] or after, class_before[:6], class_after[:6]]
+        notes += [variant, "", "class before", "class after"]
+    grid(rows, notes, list(TEST_CONTEXTS)).save(folder / "sheet.png")
+    return {
+        "similarity_before": start["similarity"],
+        "similarity_ceiling": ceiling,
+        "similarity_floor": floor,
+        "variants": results,
+    }
+
+
+def summary(subjects: dict[str, Any], variants: list[str]) -> dict[str, Any]:
+    """Return means over subjects; those of variants other than the default under the variant's name."""
+
+    def mean(values: list[float]) -> float:
+        return round(float(np.mean(values)), 4)
+
+    rows = list(subjects.values())
+    out: dict[str, Any] = {
+        key: mean([row[key] for row in rows]) for key in ("similarity_before", "similarity_ceiling", "similarity_floor")
+    }
+    for variant in variants:
+        figures = {key: mean([row["variants"][variant][key] for row in rows]) for key in rows[0]["variants"][variant]}
+        out.update(figures if variant == "default" else {variant: figures})
+    return out
+
+
+@click.command()
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the figures go.")
+@click.option("--work-dir", type=click.Path(path_type=Path), help="Keeps adapters and sheets; default: a temporary one.")
+@click.option("--variants", default="default,no_prior", show_default=True, help=f"Of {', '.join(VARIANTS)}.")
+@click.option("--subjects", default=len(SUBJECTS), show_default=True, help="How many of the held-out subjects.")
+@click.option("--option", "options", multiple=True, help="A further `dbadapter train` option, as --option=--rank=4.")
+@click.option("--quick", is_flag=True, help="One subject, few steps: checks the machinery, measures nothing.")
+def main(
+    json_path: Path | None, work_dir: Path | None, variants: str, subjects: int, options: tuple[str, ...], quick: bool
+) -> None:
+    """Measure `dbadapter train` on held-out subjects and print JSON."""
+    chosen = variants.split(",")
+    unknown = [name for name in chosen if name not in VARIANTS]
+    if unknown:
+        raise click.UsageError(f"unknown variants {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
+    extra = [word for option in options for word in option.split("=", 1)]
+    if quick:
+        extra += ["--max-train-steps", "10"]
+    base = load_base("toybox")
+    judge = judges(None if quick else JUDGES, quick=quick)
+    work = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-subject-"))
+    measured: dict[str, Any] = {}
+    for subject in SUBJECTS[: 1 if quick else subjects]:
+        measured[subject.name] = measure(base, judge, subject, chosen, work, extra, quick)
+        click.echo(f"{subject.name}: {measured[subject.name]}", err=True)
+    report.write({"benchmark": "subject", "quick": quick, **summary(measured, chosen), "subjects": measured}, json_path)
+
+
+if __name__ == "__main__":
+    main()

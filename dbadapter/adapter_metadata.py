@@ -1,0 +1,246 @@
+"""What an adapter's file says about itself: kohya's `ss_*`, `modelspec.*`, thumbnail, hashes, sidecars.
+
+Sources: kohya's sd-scripts (`train_network.py`, `train_util.py`), Stability-AI's ModelSpec 1.0.1, and the
+AUTOMATIC1111 and Forge loaders, which choose the model family from these entries and hide files of another.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from dbadapter.adapter import Adapter
+from dbadapter.errors import AdapterError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = [
+    "AdapterDescription",
+    "family_of",
+    "file_metadata",
+    "legacy_hash",
+    "sidecar",
+    "tensor_hashes",
+    "thumbnail",
+]
+
+_THUMBNAIL_PIXELS = 256
+
+# (ss_base_model_version, ss_v2, modelspec.architecture, "sd version" of the sidecar).
+# toybox has SD1's architecture, so its files say SD1; `dbadapter.base` tells them apart.
+_SD1 = ("sd_v1", "False", "stable-diffusion-v1/lora", "SD1")
+_SD2 = ("sd_v2", "True", "stable-diffusion-v2-768-v/lora", "SD2")
+_SDXL = ("sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora", "SDXL")
+_FAMILIES = {"toybox": _SD1, "sd1": _SD1, "sd2": _SD2, "sdxl": _SDXL}
+
+# Width of the text embeddings that cross-attention reads.
+_FAMILY_OF_WIDTH = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
+
+
+@dataclass(frozen=True)
+class AdapterDescription:
+    """What other programs shall show about an adapter; empty and None fields are left out of the file.
+
+    Attributes:
+        base: name of the base model, e.g. "toybox" or a folder's name.
+        title: shown name; the file's own name by default.
+        trigger: the words that call the subject, e.g. "sks mug".
+        prediction_type: "epsilon" or "v_prediction".
+        resolution: side of the training pictures, in pixels.
+        num_train_images: photographs of the subject.
+        max_train_steps: optimiser steps.
+        seed: of the training.
+        started_at, finished_at: of the training; aware datetimes.
+        author, license, description, usage_hint: free text.
+        preferred_weight: the strength that user interfaces offer.
+    """
+
+    base: str = ""
+    title: str = ""
+    trigger: str = ""
+    prediction_type: str = ""
+    resolution: int | None = None
+    num_train_images: int | None = None
+    max_train_steps: int | None = None
+    seed: int | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    author: str = ""
+    license: str = ""
+    description: str = ""
+    usage_hint: str = ""
+    preferred_weight: float = 1.0
+
+
+def file_metadata(adapter: Adapter, name: str, description: AdapterDescription) -> dict[str, str]:
+    """Return the header's entries but thumbnail and hashes; `adapter.metadata` fills in what is not said.
+
+    Args:
+        adapter: its family, ranks and alphas are stated.
+        name: of the file, without suffix.
+        description: the rest.
+    Raises:
+        AdapterError: no family that a file can state, e.g. "unknown".
+    """
+    if adapter.family not in _FAMILIES:
+        raise AdapterError(f"Family must be one of {', '.join(_FAMILIES)}: got {adapter.family!r}")
+    stated = _kohya_entries(adapter, name, description)
+    stated |= _modelspec_entries(adapter, name, description)
+    stated |= {"dbadapter.base": description.base, "dbadapter.family": adapter.family}
+    kept = {key: value for key, value in adapter.metadata.items() if not _is_derived(key)}
+    return kept | {key: value for key, value in stated.items() if value != ""}
+
+
+def family_of(metadata: Mapping[str, str], text_width: int | None) -> str:
+    """Return the family of a file that was read, "unknown" if neither header nor shapes tell.
+
+    Args:
+        metadata: the header's entries.
+        text_width: in_features of a cross-attention key projection, None if there is none.
+    """
+    ours = metadata.get("dbadapter.family", "")
+    if ours in _FAMILIES:
+        return ours
+    version = metadata.get("ss_base_model_version", "")
+    for beginning, family in (("sdxl", "sdxl"), ("sd_v2", "sd2"), ("sd_v1", "sd1")):
+        if version.startswith(beginning):
+            return family
+    return _FAMILY_OF_WIDTH.get(text_width or 0, "unknown")
+
+
+def sidecar(metadata: Mapping[str, str], family: str, description: AdapterDescription) -> dict[str, Any]:
+    """Return the JSON object that AUTOMATIC1111 and Forge show beside the file."""
+    return {
+        "description": metadata.get("modelspec.description", ""),
+        "sd version": _FAMILIES[family][3],
+        "activation text": metadata.get("modelspec.trigger_phrase", ""),
+        "preferred weight": description.preferred_weight,
+        "negative text": "",
+        "notes": metadata.get("modelspec.usage_hint", ""),
+    }
+
+
+def thumbnail(preview: Image) -> str:
+    """Return the picture as a JPEG data URL of at most 256 pixels a side, as ModelSpec asks."""
+    picture = preview.convert("RGB")
+    picture.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+    stream = io.BytesIO()
+    picture.save(stream, format="JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
+
+
+def tensor_hashes(tensor_bytes: bytes) -> dict[str, str]:
+    """Return the hashes over everything behind the header: kohya's and ModelSpec's."""
+    digest = hashlib.sha256(tensor_bytes).hexdigest()
+    return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
+
+
+def legacy_hash(file_bytes: bytes) -> str:
+    """Return the short hash of old user interfaces: 64 KiB from offset 1 MiB (sd-scripts, train_util.py).
+
+    Args:
+        file_bytes: the file serialised with its `ss_*` entries only. Smaller files all have the same hash.
+    """
+    return hashlib.sha256(file_bytes[0x100000:0x110000]).hexdigest()[:8]
+
+
+def _kohya_entries(adapter: Adapter, name: str, description: AdapterDescription) -> dict[str, str]:
+    version, v2, _, _ = _FAMILIES[adapter.family]
+    if version == "sd_v2" and description.prediction_type == "v_prediction":
+        version = "sd_v2_v"
+    entries = {
+        "ss_v2": v2,
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": _most_common([w.rank for w in adapter.modules.values()]),
+        "ss_network_alpha": _most_common([w.alpha for w in adapter.modules.values()]),
+        "ss_network_args": json.dumps(_conv_args(adapter)),
+        "ss_output_name": name,
+        "ss_sd_model_name": description.base,
+        "ss_clip_skip": "None",
+        "ss_seed": _text(description.seed),
+        "ss_max_train_steps": _text(description.max_train_steps),
+        "ss_num_train_images": _text(description.num_train_images),
+        "ss_training_started_at": _seconds(description.started_at),
+        "ss_training_finished_at": _seconds(description.finished_at),
+    }
+    if description.resolution is not None:
+        entries["ss_resolution"] = f"({description.resolution}, {description.resolution})"
+    if description.trigger:
+        # Shown as training tags: {folder: {words: how many pictures}}.
+        count = description.num_train_images or 1
+        entries["ss_tag_frequency"] = json.dumps({name: {description.trigger: count}})
+        entries["ss_dataset_dirs"] = json.dumps({name: {"n_repeats": 1, "img_count": count}})
+    return entries
+
+
+def _modelspec_entries(adapter: Adapter, name: str, description: AdapterDescription) -> dict[str, str]:
+    side = description.resolution
+    when = description.finished_at or description.started_at
+    return {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": _architecture(adapter.family, description.prediction_type),
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": description.title or name,
+        "modelspec.resolution": "" if side is None else f"{side}x{side}",
+        "modelspec.date": "" if when is None else when.astimezone(UTC).replace(microsecond=0).isoformat(),
+        "modelspec.author": description.author,
+        "modelspec.license": description.license,
+        "modelspec.description": description.description,
+        "modelspec.usage_hint": description.usage_hint,
+        "modelspec.trigger_phrase": description.trigger,
+        "modelspec.prediction_type": _modelspec_prediction(description.prediction_type),
+    }
+
+
+def _architecture(family: str, prediction_type: str) -> str:
+    if family == "sd2" and prediction_type == "epsilon":
+        return "stable-diffusion-v2-512/lora"
+    return _FAMILIES[family][2]
+
+
+def _modelspec_prediction(prediction_type: str) -> str:
+    """ModelSpec knows `epsilon` and `v`."""
+    return "v" if prediction_type == "v_prediction" else prediction_type
+
+
+def _conv_args(adapter: Adapter) -> dict[str, str]:
+    """Return kohya's arguments for 3x3 convolutions, which stand for their own rank and alpha there."""
+    convs = [w for w in adapter.modules.values() if w.lora_A.shape[2:] not in ((), (1, 1))]
+    if not convs:
+        return {}
+    return {
+        "conv_dim": _most_common([w.rank for w in convs]),
+        "conv_alpha": _most_common([w.alpha for w in convs]),
+    }
+
+
+def _is_derived(key: str) -> bool:
+    """Tell whether an entry belongs to one file's bytes, or would make diffusers refuse a kohya file."""
+    return key.startswith("sshs_") or key in (
+        "modelspec.hash_sha256",
+        "modelspec.thumbnail",
+        "lora_adapter_metadata",
+        "format",
+    )
+
+
+def _most_common(values: list[int] | list[float]) -> str:
+    value = Counter(values).most_common(1)[0][0]
+    return str(int(value)) if float(value).is_integer() else str(value)
+
+
+def _text(number: int | None) -> str:
+    return "" if number is None else str(number)
+
+
+def _seconds(moment: datetime | None) -> str:
+    return "" if moment is None else str(moment.timestamp())

@@ -1,0 +1,190 @@
+"""The command line: parse, call, print. Heavy modules are imported inside the commands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dbadapter import __version__
+from dbadapter.cli.group import Group, progress_bars
+from dbadapter.cli.options import BASE_HELP, adapter_option, output_option, overwrite_option, parse_adapters
+from dbadapter.cli.train import train
+from dbadapter.config import TrainConfig
+from dbadapter.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from dbadapter.base import Base
+
+__all__ = ["main"]
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="dbadapter")
+def main() -> None:
+    """Teach a diffusion model one subject from a handful of photographs.
+
+    The result, an adapter of a few megabytes, works in dbadapter, in diffusers and in the usual web UIs,
+    and can be exported to ONNX together with its base.
+
+    Try `dbadapter demo` first: it does the whole job on an example.
+    """
+
+
+main.add_command(train)
+
+
+def _load(spec: str, **options: Any) -> Base:
+    from dbadapter.base import load_base
+
+    return load_base(spec, **options)
+
+
+@main.command()
+@click.option("--base", metavar="BASE", help=f"{BASE_HELP}  [default: toybox]")
+@click.option("--onnx", type=click.Path(path_type=Path), metavar="FOLDER", help="An exported folder instead.")
+@adapter_option
+@click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT",
+              help="May be given several times.")  # fmt: skip
+@click.option("--negative-prompt", metavar="TEXT", help="What the pictures shall not show.")
+@click.option("--num-images-per-prompt", type=int, default=1, show_default=True, metavar="N",
+              help="Pictures of each prompt.")  # fmt: skip
+@click.option("--num-inference-steps", type=int, default=25, show_default=True, metavar="N",
+              help="Denoising steps.")  # fmt: skip
+@click.option("--guidance-scale", type=float, default=5.0, show_default=True, metavar="X",
+              help="How strictly to follow the prompt.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N",
+              help="Picture i uses seed + i.")  # fmt: skip
+@output_option
+@overwrite_option
+def generate(
+    base: str | None,
+    onnx: Path | None,
+    adapters: tuple[str, ...],
+    output_dir: Path,
+    overwrite: bool,
+    **request: Any,
+) -> None:
+    """Generate pictures with adapters or from ONNX.
+
+    From a base with any number of adapters, or from an exported ONNX folder. Writes 0000.png, 0001.png, ...
+    with their parameters inside, and grid.png, into OUT.
+
+    \b
+    Example:
+      dbadapter generate --adapter my-dog/my-dog.safetensors=0.8 \\
+          --prompt "a photo of sks dog on the beach" --output-dir pictures
+    """
+    weights = parse_adapters(adapters)
+    if onnx is not None and (base is not None or weights):
+        raise UsageError("--onnx FOLDER holds base and adapters already: leave out --base and --adapter")
+    from dbadapter.sampling import check_pictures_folder, generate_pictures, lora_tags, save_pictures
+
+    check_pictures_folder(output_dir, overwrite)
+    with progress_bars() as progress:
+        if onnx is not None:
+            from dbadapter.export import load_onnx_pipeline
+
+            pipeline = load_onnx_pipeline(onnx)
+        else:
+            pipeline = _load(base or TrainConfig.base).pipeline
+        if weights:
+            from dbadapter.lora import apply
+
+            apply(pipeline, weights)
+        pictures = generate_pictures(
+            pipeline,
+            request.pop("prompts"),
+            **request,
+            adapters_text=lora_tags(weights),
+            progress=progress.of("generating"),
+        )
+    paths = save_pictures(pictures, output_dir, overwrite)
+    click.echo(f"{len(pictures)} pictures in {output_dir}, all of them in {paths[-1]}")
+
+
+@main.command()
+@click.option("--onnx", is_flag=True, default=True, help="The format; the only one so far.")
+@click.option("--base", default=TrainConfig.base, show_default=True, metavar="BASE", help=BASE_HELP)
+@adapter_option
+@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
+              help="Of the exported weights.")  # fmt: skip
+@output_option
+@overwrite_option
+def export(
+    onnx: bool, base: str, adapters: tuple[str, ...], dtype: str, output_dir: Path, overwrite: bool
+) -> None:
+    """Export base and adapters, merged, to ONNX.
+
+    Every part is compared with torch, and so is a whole picture; an export that differs is refused.
+
+    \b
+    Example:
+      dbadapter export --onnx --adapter my-dog/my-dog.safetensors --output-dir my-dog-onnx
+    """
+    weights = parse_adapters(adapters)
+    if output_dir.exists() and not overwrite:
+        raise OutputError(f"{output_dir} exists already: pass --overwrite or another --output-dir")
+    from dbadapter.export import export_onnx
+
+    with progress_bars() as progress:
+        export_onnx(
+            _load(base),
+            weights,
+            output_dir,
+            dtype=dtype,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    click.echo(
+        f"Exported to {output_dir}; the comparison with torch is in {output_dir / 'export_report.json'}"
+    )
+    click.echo(f'Try it: dbadapter generate --onnx {output_dir} --prompt "..." --output-dir pictures')
+
+
+@main.command()
+@click.option("--base", default=TrainConfig.base, show_default=True, metavar="BASE", help=BASE_HELP)
+@click.option("--count", type=click.IntRange(min=1), default=20, show_default=True, metavar="N",
+              help="How many to list.")  # fmt: skip
+@click.option("--class-noun", default="", metavar="NOUN", help="Leave out tokens that are part of it.")
+def tokens(base: str, count: int, class_noun: str) -> None:
+    """List rare tokens for --identifier.
+
+    Each with its id in the base's tokenizer. A rare token is tied to nothing, so that it can stand for the
+    subject.
+
+    \b
+    Example:
+      dbadapter tokens --count 5
+    """
+    from dbadapter.tokens import rare_tokens
+
+    for token in rare_tokens(_load(base).tokenizer, count, class_noun):
+        click.echo(f"{token.token}\t{token.id}")
+
+
+@main.command()
+@click.option("--output-dir", default="dbadapter-demo", show_default=True, type=click.Path(path_type=Path),
+              metavar="OUT", help="Replaced where it holds an earlier demo.")  # fmt: skip
+@click.option("--quick", is_flag=True, help="A few steps only, to see that everything works.")
+def demo(output_dir: Path, quick: bool) -> None:
+    """Do the whole job on an example subject.
+
+    Train, generate, export to ONNX, generate from that. Leaves demo.png, adapter/subject.safetensors, onnx/
+    and summary.json in OUT.
+
+    \b
+    Example:
+      dbadapter demo
+    """
+    from dbadapter.demo import next_commands, run_demo
+
+    with progress_bars() as progress:
+        summary = run_demo(output_dir, quick=quick, progress=progress)
+    seconds = summary["seconds"]
+    click.echo(", ".join(f"{stage} {time:.0f} s" for stage, time in seconds.items()))
+    click.echo(
+        f"Look at {output_dir / 'demo.png'}; times, sizes and figures are in {output_dir / 'summary.json'}"
+    )
+    click.echo(next_commands(output_dir, summary))

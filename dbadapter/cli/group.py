@@ -1,0 +1,156 @@
+"""What all commands share: failures and warnings of one line, and the progress bar."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
+
+import click
+
+from dbadapter.errors import DbadapterError
+
+__all__ = ["Group", "Progress", "progress_bars", "warn"]
+
+
+class Group(click.Group):
+    """A group whose every failure is one line on standard error and an exit code, never a traceback."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Run a command; exit 0 (done), 1 (bad data), 2 (bad usage) or 130 (interrupted)."""
+        if not standalone_mode:
+            return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        try:
+            with _quiet_libraries():
+                code = super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except click.UsageError as error:
+            command = error.ctx.command_path if error.ctx else "dbadapter"
+            _fail(f"{error.format_message()} See '{command} --help'.", error.exit_code)
+        except click.ClickException as error:
+            _fail(error.format_message(), error.exit_code)
+        except click.Abort:
+            sys.exit(130)
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Turn what the library raises on purpose, and what a machine runs out of, into one line."""
+        try:
+            return super().invoke(ctx)
+        except DbadapterError as error:
+            _fail(str(error), error.exit_code)
+        except KeyboardInterrupt:
+            # Here, because click would print an empty line and forget the exit code of SIGINT.
+            click.echo("Aborted: interrupted from the keyboard", err=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            # The reader of our output went away, e.g. `| head`; Python would complain again at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except OSError as error:
+            where = f" ({error.filename})" if error.filename else ""
+            _fail(f"the system refused: {error.strerror or error}{where}")
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            _fail("out of memory: lower --train-batch-size or --resolution, or add --gradient-checkpointing")
+
+
+def _fail(message: str, code: int = 1) -> NoReturn:
+    click.echo("Error: " + " ".join(message.split()), err=True)
+    sys.exit(code)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # By name and words: importing torch only to know its class would cost seconds on a usage error.
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in text
+    )
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Show our own warnings as one line each, and keep the libraries' talk off standard error."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        # Other categories, such as FutureWarning, are for developers, and most are not about our code.
+        if issubclass(category, UserWarning) and Path(filename).resolve().parent in _OWN_FOLDERS:
+            warn(str(message))
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        warnings.simplefilter("default")
+        yield
+
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+_OWN_FOLDERS = (_PACKAGE, _PACKAGE / "cli", _PACKAGE / "toybox", (_PACKAGE / "export").resolve())
+
+
+def warn(message: str) -> None:
+    click.secho("Warning: " + " ".join(message.split()), err=True, fg="yellow")
+
+
+class Progress:
+    """A progress bar on standard error, a new one for each stage; silent where that is no terminal."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that `done` of `total` parts of the stage are done."""
+        from tqdm import tqdm
+
+        if stage != self._stage:
+            self.close()
+            self._stage = stage
+            self._bar = tqdm(total=total, desc=stage, disable=None, file=sys.stderr, dynamic_ncols=True)
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def of(self, stage: str) -> Callable[[int, int], None]:
+        """Return the callback of one stage."""
+        return lambda done, total: self(stage, done, total)
+
+    def close(self) -> None:
+        """End the bar on a line of its own, so that what is printed next starts a new one."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+            self._stage = ""
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    progress = Progress()
+    try:
+        yield progress
+    finally:
+        progress.close()

@@ -1,0 +1,141 @@
+"""The options of the commands; a help text for each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from dbadapter.config import PRECISIONS, PREDICTION_TYPES, PRIORS, TARGETS, TrainConfig
+from dbadapter.errors import UsageError
+
+__all__ = [
+    "BASE_HELP",
+    "adapter_option",
+    "output_option",
+    "overwrite_option",
+    "parse_adapters",
+    "train_options",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def join_options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
+    """Join option decorators, so that they read from top to bottom as `--help` shows them."""
+
+    def decorate(function: F) -> F:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+BASE_HELP = "toybox (embedded, 64 pixels) or a folder in diffusers' layout built like Stable Diffusion 1.x."
+output_option = click.option(
+    "--output-dir",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="Folder for what is written.",
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
+adapter_option = click.option(
+    "--adapter",
+    "adapters",
+    multiple=True,
+    metavar="FILE[=WEIGHT]",
+    help="An adapter and its weight (default 1); may be given several times.",
+)
+
+
+def parse_adapters(values: tuple[str, ...]) -> dict[Any, float]:
+    """Return file -> weight; a `=` inside an existing file's name is part of the name."""
+    adapters: dict[str, float] = {}
+    for value in values:
+        path, equals, text = value.rpartition("=")
+        if not equals or Path(value).exists():
+            path, text = value, "1"
+        try:
+            weight = float(text)
+        except ValueError:
+            raise UsageError(f"--adapter {value}: the weight must be a number, got {text!r}") from None
+        if not math.isfinite(weight):
+            raise UsageError(f"--adapter {value}: the weight must be finite, got {text}")
+        if path in adapters:
+            raise UsageError(f"--adapter {path} is given twice: give it once, with the sum of the weights")
+        adapters[path] = weight
+    return adapters
+
+
+train_options = join_options(
+    click.option("--instance-data-dir", type=click.Path(path_type=Path), metavar="DIR",
+                 help="Folder of the subject's photographs; 3 to 6 are enough.  [required]"),
+    click.option("--class-noun", metavar="NOUN", help="What the subject is, e.g. dog.  [required]"),
+    click.option("--output-dir", type=click.Path(path_type=Path), metavar="OUT",
+                 help="Folder for the adapter and all that belongs to it.  [required]"),
+    click.option("--name", help="Stem of the adapter's file name.  [default: OUT's name]"),
+    click.option("--overwrite", is_flag=True, default=None, help="Replace what is in OUT."),
+    click.option("--base", metavar="BASE", help=f"{BASE_HELP}  [default: {TrainConfig.base}]"),
+    click.option("--prediction-type", type=click.Choice(PREDICTION_TYPES),
+                 help="What the base predicts.  [default: what its scheduler says]"),
+    click.option("--identifier", metavar="TOKEN",
+                 help="The word for the subject; auto picks a rare token of the base.  [default: auto]"),
+    click.option("--instance-prompt", metavar="TEXT",
+                 help="Prompt of the photographs.  [default: a photo of {identifier} {class_noun}]"),
+    click.option("--class-prompt", metavar="TEXT",
+                 help="The same without the identifier.  [default: a photo of a {class_noun}]"),
+    click.option("--prior", type=click.Choice(PRIORS),
+                 help="What keeps the class as it is: the base itself as a teacher (distill), its pictures "
+                 f"(generated), or nothing.  [default: {TrainConfig.prior}]"),
+    click.option("--prior-loss-weight", type=float, metavar="X", help="Weight of the prior term.  [preset]"),
+    click.option("--class-data-dir", type=click.Path(path_type=Path), metavar="DIR",
+                 help="Class pictures to use instead of sampled ones."),
+    click.option("--num-class-images", type=int, metavar="N",
+                 help="How many to sample from the base.  [preset]"),
+    click.option("--rank", type=int, metavar="N",
+                 help=f"Rank of the adapter.  [default: {TrainConfig.rank}]"),
+    click.option("--alpha", type=float, metavar="X",
+                 help="The adapter's scale is alpha / rank.  [default: the rank]"),
+    click.option("--targets", metavar="LIST",
+                 help=f"Layers of the UNet, comma-separated, of {', '.join(TARGETS)}.  [preset]"),
+    click.option("--train-text-encoder/--no-train-text-encoder", default=None,
+                 help="Adapt the text encoder too.  [default: yes]"),
+    click.option("--text-encoder-rank", type=int, metavar="N",
+                 help="Rank in the text encoder.  [default: the rank]"),
+    click.option("--max-train-steps", type=int, metavar="N", help="Optimizer steps.  [preset]"),
+    click.option("--learning-rate", type=float, metavar="X", help="Of the UNet's adapter.  [preset]"),
+    click.option("--text-encoder-learning-rate", type=float, metavar="X",
+                 help="Of the text encoder's adapter.  [preset]"),
+    click.option("--train-batch-size", type=int, metavar="N",
+                 help="Photographs a forward pass; as many class pictures come with them.  [preset]"),
+    click.option("--gradient-accumulation-steps", type=int, metavar="N",
+                 help="Forward passes an optimizer step.  [default: 1]"),
+    click.option("--resolution", type=int, metavar="PIXELS",
+                 help="Side of the training pictures.  [default: the base's own]"),
+    click.option("--mixed-precision", type=click.Choice(PRECISIONS),
+                 help="auto is bf16 where the device has it natively, else fp16 on CUDA and fp32 on a CPU.  "
+                 f"[default: {TrainConfig.mixed_precision}]"),
+    click.option("--gradient-checkpointing", is_flag=True, default=None, help="Less memory, slower steps."),
+    click.option("--snr-gamma", type=float, metavar="X",
+                 help="Min-SNR weighting, usually 5.  [default: off]"),
+    click.option("--seed", type=int, metavar="N",
+                 help=f"Of weights, noise and samples.  [default: {TrainConfig.seed}]"),
+    click.option("--checkpointing-steps", type=int, metavar="N",
+                 help="Steps between two checkpoints; 0 writes none.  [preset]"),
+    click.option("--resume", is_flag=True, default=None, help="Go on from the newest checkpoint in OUT."),
+    click.option("--validation-prompt", multiple=True, metavar="TEXT",
+                 help="A prompt of the sample grid; may hold {identifier} and be given several times."),
+    click.option("--validation-steps", type=int, metavar="N",
+                 help="Steps between two sample grids.  [default: one at the end]"),
+    click.option("--random-flip", is_flag=True, default=None,
+                 help="Mirror half of the photographs; not for subjects with a left and a right."),
+    click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE.toml",
+                 help="Take what is not given here from a file such as an earlier OUT/config.toml."),
+    click.option("--dry-run", is_flag=True,
+                 help="Check everything and print the configuration; no training."),
+)  # fmt: skip

@@ -1,0 +1,96 @@
+"""`dbadapter train`: flags and a file become one configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dbadapter.cli.group import progress_bars, warn
+from dbadapter.cli.options import train_options
+from dbadapter.config import TrainConfig, read_toml
+from dbadapter.errors import UsageError
+
+__all__ = ["train"]
+
+TOYBOX_WARNING = (
+    "no --base given, so this trains toybox, a model of 64-pixel pictures of toys: fine for a trial, but the "
+    "likeness to real photographs stays poor; for those pass --base FOLDER, a Stable Diffusion 1.x folder in "
+    "diffusers' layout"
+)
+
+
+@click.command()
+@train_options
+def train(config_file: Path | None, dry_run: bool, **flags: Any) -> None:
+    """Train an adapter on a folder of photographs.
+
+    Leaves NAME.safetensors (the file to share) in OUT, and beside it what other programs show with it,
+    sample pictures, metrics, checkpoints and the configuration. [preset] is a value that fits the base.
+
+    \b
+    Example:
+      dbadapter train --instance-data-dir photos/ --class-noun dog --output-dir my-dog
+    """
+    config = _train_config(config_file, flags)
+    config.validate()
+    if "base" not in _given(config_file, flags) and not _is_example(config.instance_data_dir):
+        warn(TOYBOX_WARNING)
+    if dry_run:
+        click.echo(_dry_run(config), nl=False)
+        return
+    from dbadapter.training import train as run
+
+    with progress_bars() as progress:
+        result = run(config, progress=progress)
+    word, noun = result.config.identifier, result.config.class_noun
+    base = "" if result.config.base == TrainConfig.base else f" --base {result.config.base}"
+    click.echo(f"{result.steps} steps in {result.seconds:.0f} s, {result.peak_memory_mb:.0f} MB at the peak")
+    click.echo(f"Adapter: {result.adapter_path}")
+    click.echo(
+        f"Try it: dbadapter generate{base} --adapter {result.adapter_path} "
+        f'--prompt "a photo of {word} {noun} on the beach" --output-dir pictures'
+    )
+
+
+def _given(config_file: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that the file or a flag sets; a flag wins."""
+    values = read_toml(config_file) if config_file else {}
+    values |= {name: value for name, value in flags.items() if value is not None and value != ()}
+    if isinstance(targets := values.get("targets"), str):
+        values["targets"] = tuple(part.strip() for part in targets.split(",") if part.strip())
+    return values
+
+
+def _train_config(config_file: Path | None, flags: dict[str, Any]) -> TrainConfig:
+    values = _given(config_file, flags)
+    required = [f.name for f in dataclasses.fields(TrainConfig) if f.default is dataclasses.MISSING]
+    missing = [f"--{name.replace('_', '-')}" for name in required if name not in values]
+    if missing:
+        raise UsageError(
+            f"missing {', '.join(missing)}, e.g. dbadapter train --instance-data-dir photos --class-noun dog "
+            "--output-dir my-dog"
+        )
+    return TrainConfig(**values)
+
+
+def _is_example(folder: Path) -> bool:
+    from dbadapter import toybox
+
+    return folder.resolve() == toybox.example_subject().folder.resolve()
+
+
+def _dry_run(config: TrainConfig) -> str:
+    from dbadapter.base import check_prompt, load_base
+    from dbadapter.data import find_photographs
+    from dbadapter.tokens import pick_identifier
+
+    photographs = find_photographs(config.instance_data_dir)
+    base = load_base(config.base, prediction_type=config.prediction_type)
+    identifier = pick_identifier(base.tokenizer, config.class_noun, config.identifier)
+    resolved = config.resolved(base.family, base.resolution, identifier)
+    for prompt in (resolved.instance_prompt, resolved.class_prompt, *resolved.validation_prompt):
+        check_prompt(base.tokenizer, str(prompt))
+    return f"# {len(photographs)} photographs, base family {base.family}\n{resolved.to_toml()}"

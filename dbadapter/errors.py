@@ -1,0 +1,58 @@
+"""One family of exceptions; the command line prints each as one line and exits with its code."""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterError",
+    "BaseError",
+    "ConfigError",
+    "DataError",
+    "DbadapterError",
+    "ExportError",
+    "OutputError",
+    "TrainingError",
+    "UsageError",
+]
+
+
+class DbadapterError(Exception):
+    """Base of every error that dbadapter raises on purpose.
+
+    The message is one line: what was expected, what was got, the file or key, and the cure.
+    """
+
+    exit_code = 1
+
+
+class UsageError(DbadapterError):
+    """The call itself is wrong: an impossible number, flags that exclude each other."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A configuration has faults; the message lists all of them."""
+
+
+class DataError(DbadapterError):
+    """A photograph, a folder of photographs or a prompt cannot be used."""
+
+
+class BaseError(DbadapterError):
+    """A base model is missing, broken, or of an unsupported kind."""
+
+
+class AdapterError(DbadapterError):
+    """An adapter file is broken or does not fit the base."""
+
+
+class ExportError(DbadapterError):
+    """An ONNX export failed or differs from torch by more than the tolerance."""
+
+
+class OutputError(DbadapterError):
+    """An output exists already or cannot be written."""
+
+
+class TrainingError(DbadapterError):
+    """Training cannot go on, e.g. the loss is not finite."""

@@ -1,0 +1,256 @@
+"""Names of adapted layers: kohya, diffusers, PEFT and ours (canonical). Pure string work, no torch.
+
+Canonical names are the diffusers paths with the component in front, e.g.
+`unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q` and
+`text_encoder.text_model.encoder.layers.0.self_attn.q_proj`. The `text_model.` is always there, although
+transformers 5 drops it from CLIPTextModel's own names: ComfyUI and stable-diffusion.cpp silently ignore
+text-encoder keys without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from typing import Literal
+
+from dbadapter.errors import AdapterError
+
+__all__ = [
+    "COMPONENTS",
+    "Part",
+    "canonical_module",
+    "component_of",
+    "from_kohya",
+    "split_key",
+    "to_kohya",
+    "to_raw_peft",
+]
+
+Part = Literal["lora_A", "lora_B", "alpha"]
+
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
+
+# The first prefix of a component is the one we write. `lora_te1_` on SD1 files is kohya's SDXL spelling,
+# which diffusers' own converter writes for every family.
+_KOHYA_PREFIXES: dict[str, tuple[str, ...]] = {
+    "unet": ("lora_unet_",),
+    "text_encoder": ("lora_te_", "lora_te1_"),
+    "text_encoder_2": ("lora_te2_",),
+}
+
+# kohya writes `_` for `.`, and diffusers' own names hold `_` too, so going back needs the words.
+_COMPOUND_WORDS = (
+    "add_embedding",
+    "conv_in",
+    "conv_out",
+    "conv_shortcut",
+    "down_blocks",
+    "k_proj",
+    "linear_1",
+    "linear_2",
+    "mid_block",
+    "out_proj",
+    "proj_in",
+    "proj_out",
+    "q_proj",
+    "self_attn",
+    "text_model",
+    "text_projection",
+    "time_emb_proj",
+    "time_embedding",
+    "to_k",
+    "to_out",
+    "to_q",
+    "to_v",
+    "transformer_blocks",
+    "up_blocks",
+    "v_proj",
+)
+_SIMPLE_WORDS = (
+    "attentions",
+    "attn1",
+    "attn2",
+    "conv",
+    "conv1",
+    "conv2",
+    "downsamplers",
+    "encoder",
+    "fc1",
+    "fc2",
+    "ff",
+    "layers",
+    "mlp",
+    "net",
+    "proj",
+    "resnets",
+    "upsamplers",
+)
+# Longest first, so that `proj_in` wins over `proj`; the lookahead makes every word end at `_` or the end.
+_ALTERNATIVES = sorted(_COMPOUND_WORDS + _SIMPLE_WORDS, key=len, reverse=True)
+_WORD = re.compile(f"(?:{'|'.join(_ALTERNATIVES)}|[0-9]+)(?=_|$)")
+
+_KOHYA_PARTS: dict[str, Part] = {
+    ".lora_down.weight": "lora_A",
+    ".lora_up.weight": "lora_B",
+    ".alpha": "alpha",
+}
+# diffusers' script writes three spellings into one file; raw PEFT writes the first.
+_DIFFUSERS_PARTS: dict[str, Part] = {
+    ".lora_A.weight": "lora_A",
+    ".lora_B.weight": "lora_B",
+    ".lora.down.weight": "lora_A",
+    ".lora.up.weight": "lora_B",
+    ".lora_linear_layer.down.weight": "lora_A",
+    ".lora_linear_layer.up.weight": "lora_B",
+    "_lora.down.weight": "lora_A",
+    "_lora.up.weight": "lora_B",
+    ".alpha": "alpha",
+}
+_OLD_TEXT_LEAVES = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def component_of(module: str) -> str:
+    """Return the component in front of a canonical name: `unet`, `text_encoder` or `text_encoder_2`.
+
+    Raises:
+        AdapterError: the name begins with none of them.
+    """
+    component = module.partition(".")[0]
+    if component not in COMPONENTS or "." not in module:
+        raise AdapterError(
+            f"Layer name {module!r} must begin with one of {', '.join(c + '.' for c in COMPONENTS)}"
+        )
+    return component
+
+
+def canonical_module(component: str, path: str) -> str:
+    """Return the canonical name of the layer at `path` inside a component.
+
+    Args:
+        component: one of `COMPONENTS`.
+        path: as in the component's `named_modules()`; for text encoders with or without `text_model.`.
+    """
+    if component == "unet" or path.startswith(("text_model.", "text_projection")):
+        return f"{component}.{path}"
+    return f"{component}.text_model.{path}"
+
+
+def to_kohya(module: str) -> str:
+    """Return kohya's name of a canonical one: `unet.mid_block.x` -> `lora_unet_mid_block_x`.
+
+    Raises:
+        AdapterError: the component is unknown.
+    """
+    component = component_of(module)
+    return _KOHYA_PREFIXES[component][0] + module[len(component) + 1 :].replace(".", "_")
+
+
+def from_kohya(prefix: str, known_modules: Collection[str] | None = None) -> str:
+    """Return the canonical name of a kohya one, the inverse of `to_kohya`.
+
+    Args:
+        prefix: e.g. `lora_unet_mid_block_attentions_0_proj_in` (a key up to its first dot).
+        known_modules: canonical names of the base's layers; without them diffusers' own words decide.
+    Raises:
+        AdapterError: not a kohya name, or one of a layer that is not known.
+    """
+    component, rest = _split_kohya_prefix(prefix)
+    if known_modules is not None:
+        beginning = f"{component}."
+        for module in known_modules:
+            path = module.removeprefix(beginning)
+            if path != module and path.replace(".", "_") == rest:
+                return module
+        raise AdapterError(f"Layer {prefix!r} names no layer of the base")
+    words = _words(rest)
+    if words is None:
+        raise AdapterError(
+            f"Layer {prefix!r} is none of a Stable Diffusion UNet or CLIP text encoder in diffusers' names "
+            "(SDXL files in LDM names are not read by this version)"
+        )
+    return f"{component}.{'.'.join(words)}"
+
+
+def to_raw_peft(module: str, part: Part) -> str:
+    """Return the key that diffusers' raw PEFT format uses, e.g. `unet.mid_block.x.lora_A.weight`."""
+    component_of(module)
+    return f"{module}.alpha" if part == "alpha" else f"{module}.{part}.weight"
+
+
+def split_key(key: str) -> tuple[str, Part]:
+    """Return (canonical module, part) of a tensor's key in the kohya, diffusers or raw PEFT layout.
+
+    Raises:
+        AdapterError: the key is none of a plain LoRA; the message names it.
+    """
+    if key.startswith("lora_"):
+        prefix, dot, suffix = key.partition(".")
+        part = _KOHYA_PARTS.get(dot + suffix)
+        if part is None:
+            raise _foreign(key)
+        return from_kohya(prefix), part
+    return _split_diffusers_key(key)
+
+
+def _split_kohya_prefix(prefix: str) -> tuple[str, str]:
+    for component, beginnings in _KOHYA_PREFIXES.items():
+        for beginning in beginnings:
+            if prefix.startswith(beginning) and len(prefix) > len(beginning):
+                return component, prefix[len(beginning) :]
+    raise AdapterError(f"Layer {prefix!r} must begin with lora_unet_, lora_te_, lora_te1_ or lora_te2_")
+
+
+def _words(text: str) -> list[str] | None:
+    """Split `mid_block_attentions_0` into [`mid_block`, `attentions`, `0`]; None at an unknown word."""
+    words: list[str] = []
+    position = 0
+    while True:
+        match = _WORD.match(text, position)
+        if match is None:
+            return None
+        words.append(match.group())
+        position = match.end()
+        if position == len(text):
+            return words
+        position += 1  # the underscore that the lookahead saw
+
+
+def _split_diffusers_key(key: str) -> tuple[str, Part]:
+    for suffix, part in _DIFFUSERS_PARTS.items():
+        if key.endswith(suffix) and key.partition(".")[0] in COMPONENTS:
+            component, _, path = key.removesuffix(suffix).partition(".")
+            if path:
+                return canonical_module(component, _modern_path(component, path)), part
+    raise _foreign(key)
+
+
+def _modern_path(component: str, path: str) -> str:
+    """Return today's path of diffusers' old attention-processor names (`...attn1.processor.to_out`)."""
+    if component == "unet":
+        path = path.replace(".processor.", ".")
+        return f"{path}.0" if path.endswith(".to_out") else path
+    parent, _, leaf = path.rpartition(".")
+    return f"{parent}.{_OLD_TEXT_LEAVES[leaf]}" if leaf in _OLD_TEXT_LEAVES else path
+
+
+def _foreign(key: str) -> AdapterError:
+    return AdapterError(f"Key {key!r} is none of a plain LoRA ({_kind(key)}); only plain LoRA files are read")
+
+
+def _kind(key: str) -> str:
+    """Return in words what a foreign key belongs to."""
+    marks: Iterable[tuple[str, str]] = (
+        ("dora_scale", "DoRA"),
+        ("lora_magnitude_vector", "DoRA"),
+        ("hada_", "LoHa"),
+        ("lokr_", "LoKr"),
+        ("lora_mid", "LoCon with a Tucker core"),
+        ("oft_", "OFT"),
+        ("bundle_emb", "a bundled embedding"),
+        ("model.diffusion_model", "a whole checkpoint"),
+        (".diff", "a full weight difference"),
+        ("base_model.model.", "a PEFT folder's file"),
+        ("transformer.", "a transformer model, e.g. SD3 or Flux"),
+        ("single_blocks", "Flux"),
+    )
+    return next((kind for mark, kind in marks if mark in key), "an unknown layout")
