@@ -56,8 +56,26 @@ def diversity(vectors: Tensor) -> float:
 
 def train(folder: Path, output: Path, noun: str, options: list[str]) -> tuple[float, float]:
     """Run `dbadapter train` in a process of its own; return its seconds and its peak memory in MB."""
-    command = [sys.executable, "-m", "dbadapter", "train", "--instance-data-dir", str(folder), "--class-noun", noun]
-    command += ["--output-dir", str(output), "--name", "subject", "--identifier", IDENTIFIER, "--overwrite", *options]
+    command = [
+        sys.executable,
+        "-m",
+        "dbadapter",
+        "train",
+        "--instance-data-dir",
+        str(folder),
+        "--class-noun",
+        noun,
+    ]
+    command += [
+        "--output-dir",
+        str(output),
+        "--name",
+        "subject",
+        "--identifier",
+        IDENTIFIER,
+        "--overwrite",
+        *options,
+    ]
     start = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -77,7 +95,9 @@ def references(judge: Judges, base: Base, subject: Subject, each: int) -> tuple[
         back = base.vae.decode(base.vae.encode(again).latent_dist.mode()).sample.clamp(-1, 1)
     rng = np.random.default_rng((909, subject.number))
     strangers = [
-        world.Scene(world.sample_instance(rng, subject.noun), world.sample_view(rng, names.CONTEXTS.index(context)))
+        world.Scene(
+            world.sample_instance(rng, subject.noun), world.sample_view(rng, names.CONTEXTS.index(context))
+        )
         for context in TEST_CONTEXTS
         for _ in range(each)
     ]
@@ -88,12 +108,19 @@ def references(judge: Judges, base: Base, subject: Subject, each: int) -> tuple[
 def pictures(base: Base, prompts: list[str], each: int, steps: int, seed: int = 1000) -> list[Image.Image]:
     """Return `each` pictures of every prompt."""
     made = generate_pictures(
-        base.pipeline, prompts, num_images_per_prompt=each, num_inference_steps=steps, seed=seed, batch_size=12
+        base.pipeline,
+        prompts,
+        num_images_per_prompt=each,
+        num_inference_steps=steps,
+        seed=seed,
+        batch_size=12,
     )
     return [picture.image for picture in made]
 
 
-def score(judge: Judges, subject: Subject, own: Tensor, shown: list[Image.Image], each: int) -> dict[str, float]:
+def score(
+    judge: Judges, subject: Subject, own: Tensor, shown: list[Image.Image], each: int
+) -> dict[str, float]:
     """Return similarity, noun and context agreement of pictures in the test contexts."""
     tensors = tensor_of(shown)
     found = judge.classify(tensors)
@@ -106,7 +133,13 @@ def score(judge: Judges, subject: Subject, own: Tensor, shown: list[Image.Image]
 
 
 def measure(
-    base: Base, judge: Judges, subject: Subject, variants: list[str], work: Path, options: list[str], quick: bool
+    base: Base,
+    judge: Judges,
+    subject: Subject,
+    variants: list[str],
+    work: Path,
+    options: list[str],
+    quick: bool,
 ) -> dict[str, Any]:
     """Train one subject in every variant; return its figures, and keep a sheet of pictures beside them."""
     each, steps, class_count = (1, 8, 6) if quick else (4, 25, 24)
@@ -116,7 +149,10 @@ def measure(
     noun = f"{IDENTIFIER} {subject.noun}"
     prompts = [captions.prompt(noun, context) for context in TEST_CONTEXTS]
     class_prompts = [captions.prompt(captions.article(subject.noun))]
-    before, class_before = pictures(base, prompts, each, steps), pictures(base, class_prompts, class_count, steps)
+    before, class_before = (
+        pictures(base, prompts, each, steps),
+        pictures(base, class_prompts, class_count, steps),
+    )
     spread = diversity(judge.embed(tensor_of(class_before)))
     start = score(judge, subject, own, before, each)
     truth = [Image.fromarray(p) for p in render(views(subject, TEST_CONTEXTS, stream=1))[0]]
@@ -128,7 +164,10 @@ def measure(
         seconds, memory = train(folder / "photographs", output, subject.noun, [*options, *VARIANTS[variant]])
         file = output / "subject.safetensors"
         lora.apply(base.pipeline, {file: 1.0})
-        after, class_after = pictures(base, prompts, each, steps), pictures(base, class_prompts, class_count, steps)
+        after, class_after = (
+            pictures(base, prompts, each, steps),
+            pictures(base, class_prompts, class_count, steps),
+        )
         lora.apply(base.pipeline, {})
         reached, vectors = score(judge, subject, own, after, each), judge.embed(tensor_of(class_after))
         results[variant] = {
@@ -160,23 +199,37 @@ def summary(subjects: dict[str, Any], variants: list[str]) -> dict[str, Any]:
 
     rows = list(subjects.values())
     out: dict[str, Any] = {
-        key: mean([row[key] for row in rows]) for key in ("similarity_before", "similarity_ceiling", "similarity_floor")
+        key: mean([row[key] for row in rows])
+        for key in ("similarity_before", "similarity_ceiling", "similarity_floor")
     }
     for variant in variants:
-        figures = {key: mean([row["variants"][variant][key] for row in rows]) for key in rows[0]["variants"][variant]}
+        figures = {
+            key: mean([row["variants"][variant][key] for row in rows]) for key in rows[0]["variants"][variant]
+        }
         out.update(figures if variant == "default" else {variant: figures})
     return out
 
 
 @click.command()
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the figures go.")
-@click.option("--work-dir", type=click.Path(path_type=Path), help="Keeps adapters and sheets; default: a temporary one.")
+@click.option(
+    "--work-dir", type=click.Path(path_type=Path), help="Keeps adapters and sheets; default: a temporary one."
+)
 @click.option("--variants", default="default,no_prior", show_default=True, help=f"Of {', '.join(VARIANTS)}.")
-@click.option("--subjects", default=len(SUBJECTS), show_default=True, help="How many of the held-out subjects.")
-@click.option("--option", "options", multiple=True, help="A further `dbadapter train` option, as --option=--rank=4.")
+@click.option(
+    "--subjects", default=len(SUBJECTS), show_default=True, help="How many of the held-out subjects."
+)
+@click.option(
+    "--option", "options", multiple=True, help="A further `dbadapter train` option, as --option=--rank=4."
+)
 @click.option("--quick", is_flag=True, help="One subject, few steps: checks the machinery, measures nothing.")
 def main(
-    json_path: Path | None, work_dir: Path | None, variants: str, subjects: int, options: tuple[str, ...], quick: bool
+    json_path: Path | None,
+    work_dir: Path | None,
+    variants: str,
+    subjects: int,
+    options: tuple[str, ...],
+    quick: bool,
 ) -> None:
     """Measure `dbadapter train` on held-out subjects and print JSON."""
     chosen = variants.split(",")
@@ -193,7 +246,9 @@ def main(
     for subject in SUBJECTS[: 1 if quick else subjects]:
         measured[subject.name] = measure(base, judge, subject, chosen, work, extra, quick)
         click.echo(f"{subject.name}: {measured[subject.name]}", err=True)
-    report.write({"benchmark": "subject", "quick": quick, **summary(measured, chosen), "subjects": measured}, json_path)
+    report.write(
+        {"benchmark": "subject", "quick": quick, **summary(measured, chosen), "subjects": measured}, json_path
+    )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def vae_psnr(base: Base, count: int) -> float:
     scenes = [world.sample_scene(np.random.default_rng((_HELD_OUT, i))) for i in range(count)]
     pictures = to_tensor(render(scenes)[0])
     with torch.no_grad():
-        back = torch.cat([base.vae.decode(base.vae.encode(p).latent_dist.mode()).sample for p in pictures.split(64)])
+        back = torch.cat(
+            [base.vae.decode(base.vae.encode(p).latent_dist.mode()).sample for p in pictures.split(64)]
+        )
     error = (back.clamp(-1, 1) - pictures).square().mean((1, 2, 3)) / 4
     return float((-10 * torch.log10(error)).mean())
 
@@ -41,7 +43,9 @@ def tensor_of(images: list[Image.Image]) -> torch.Tensor:
     return to_tensor(np.stack([np.asarray(image.convert("RGB")) for image in images]))
 
 
-def agreement(base: Base, judge: Judges, contexts: tuple[str, ...], steps: int) -> tuple[dict[str, object], list[Image.Image]]:
+def agreement(
+    base: Base, judge: Judges, contexts: tuple[str, ...], steps: int
+) -> tuple[dict[str, object], list[Image.Image]]:
     """Return agreement of generated pictures with their prompts, and the pictures without a colour word."""
     colors = list(names.COLORS)
     pairs = [(noun, context) for noun in names.NOUNS for context in contexts]
@@ -78,8 +82,12 @@ def agreement(base: Base, judge: Judges, contexts: tuple[str, ...], steps: int) 
 @click.command()
 @click.option("--base", "spec", default="toybox", show_default=True, help="A folder of the same world.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the figures go.")
-@click.option("--grid", "grid_path", type=click.Path(path_type=Path), help="A picture of every noun in every context.")
-@click.option("--quick", is_flag=True, help="Three contexts and hasty judges: checks the machinery, measures nothing.")
+@click.option(
+    "--grid", "grid_path", type=click.Path(path_type=Path), help="A picture of every noun in every context."
+)
+@click.option(
+    "--quick", is_flag=True, help="Three contexts and hasty judges: checks the machinery, measures nothing."
+)
 def main(spec: str, json_path: Path | None, grid_path: Path | None, quick: bool) -> None:
     """Measure the embedded base and print JSON."""
     torch.manual_seed(0)
@@ -99,7 +107,8 @@ def main(spec: str, json_path: Path | None, grid_path: Path | None, quick: bool)
             **{k: round(v, 3) if isinstance(v, float) else v for k, v in figures.items()},
             "classifier_accuracy": {k: round(v, 3) for k, v in judge.accuracy.items()},
             "parameters": {
-                name: sum(p.numel() for p in getattr(base, name).parameters()) for name in ("unet", "text_encoder", "vae")
+                name: sum(p.numel() for p in getattr(base, name).parameters())
+                for name in ("unet", "text_encoder", "vae")
             },
         },
         json_path,

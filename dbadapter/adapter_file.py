@@ -184,7 +184,8 @@ def _serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> b
         }
         blobs.append(blob)
         offset += len(blob)
-    text = json.dumps(header, separators=(",", ":")).encode()
+    # UTF-8 as there; a file name that is none cannot be said exactly.
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "replace")
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + b"".join(blobs)
 
@@ -238,15 +239,16 @@ def _check_kind(path: Path) -> None:
         raise AdapterError(f"{path} does not exist: give the .safetensors file of an adapter") from None
     except OSError as error:
         raise AdapterError(f"Cannot read {path}: {error.strerror or error}") from None
+    # The header's JSON is looked for first: a header of 128 bytes, or 384, begins like a pickle.
+    if beginning[8:] == b"{":
+        return
     if beginning[:4] == b"PK\x03\x04" or beginning[:1] == b"\x80":
-        # A safetensors header that long would be an error anyway, so nothing good is refused here.
         raise AdapterError(
             f"{path} is a pickle, which can run code when it is loaded: convert it to safetensors first"
         )
-    if len(beginning) < 9 or beginning[8:9] != b"{":
-        raise AdapterError(
-            f"{path} is no safetensors file (its header is missing): give the .safetensors file of an adapter"
-        )
+    raise AdapterError(
+        f"{path} is no safetensors file (its header is missing): give the .safetensors file of an adapter"
+    )
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

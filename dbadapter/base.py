@@ -145,7 +145,7 @@ def load_base(
     family = TOYBOX if spec == TOYBOX else detect_family(folder)
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise UsageError(f"prediction type must be epsilon or v_prediction, got {prediction_type!r}")
-    pipeline = _load_pipeline(folder)
+    pipeline = _load_pipeline(folder, pick_device() if device is None else torch.device(device), dtype)
     if prediction_type is not None:
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
@@ -154,7 +154,6 @@ def load_base(
             f"base {folder}: its scheduler predicts {pipeline.scheduler.config.prediction_type!r}; "
             "only epsilon and v_prediction are supported"
         )
-    pipeline.to(pick_device() if device is None else torch.device(device), dtype)
     pipeline.set_progress_bar_config(disable=True)
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False)
@@ -346,7 +345,7 @@ def _variant(folder: Path) -> str | None:
     return None if plain or not Path(f"{stem}.fp16.safetensors").is_file() else "fp16"
 
 
-def _load_pipeline(folder: Path) -> Any:
+def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     import diffusers
     import transformers
 
@@ -357,7 +356,7 @@ def _load_pipeline(folder: Path) -> Any:
         library.disable_progress_bar()
         library.set_verbosity_error()
     try:
-        return diffusers.StableDiffusionPipeline.from_pretrained(
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
             folder,
             variant=_variant(folder),
             local_files_only=True,
@@ -367,6 +366,7 @@ def _load_pipeline(folder: Path) -> Any:
             image_encoder=None,
             requires_safety_checker=False,
         )
+        return pipeline.to(device, dtype)
     except Exception as error:  # third-party loaders raise anything on a broken file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseError(f"base {folder}: cannot be loaded ({reason}); download it again") from error

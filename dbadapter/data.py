@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dbadapter.errors import DataError
@@ -131,40 +131,43 @@ def mirrored(pictures: Sequence[Tensor]) -> list[Tensor]:
     return [*pictures, *(picture.flip(-1) for picture in pictures)]
 
 
-def draw(seed: int, step: int, samples: Sequence[int], shape: Sequence[int], num_timesteps: int) -> Draws:
+def draw(
+    stream: str, seed: int, step: int, samples: Sequence[int], shape: Sequence[int], num_timesteps: int
+) -> Draws:
     """Return timesteps and noise keyed by (seed, step, sample), whatever the batch or number of processes.
 
     Args:
+        stream: "instance" or "prior", so that the two never share a noise.
         samples: numbers of the samples within the step, over all batches and processes.
         shape: of one latent, (channels, height, width).
         num_timesteps: timesteps are uniform in 0 ... num_timesteps - 1.
     """
     timesteps, noise, posterior_noise = [], [], []
     for sample in samples:
-        generator = _generator(seed, step, sample)
+        generator = _generator(stream, seed, step, sample)
         timesteps.append(torch.randint(num_timesteps, (1,), generator=generator))
         noise.append(torch.randn(*shape, generator=generator))
         posterior_noise.append(torch.randn(*shape, generator=generator))
     return Draws(torch.cat(timesteps), torch.stack(noise), torch.stack(posterior_noise))
 
 
-def picture_indices(seed: int, first: int, count: int, pictures: int) -> list[int]:
+def picture_indices(stream: str, seed: int, first: int, count: int, pictures: int) -> list[int]:
     """Return which pictures the samples first ... first + count - 1 of a run use.
 
-    Every pass over the pictures is a new shuffle, keyed by (seed, pass), so that nothing is to be saved
-    for a resumed run to go on in the same order.
+    Every pass over the pictures is a new shuffle, keyed by (stream, seed, pass), so that nothing is to be
+    saved for a resumed run to go on in the same order.
     """
     indices = []
     for number in range(first, first + count):
         turn, place = divmod(number, pictures)
-        order = torch.randperm(pictures, generator=_generator(seed, turn, -1))
+        order = torch.randperm(pictures, generator=_generator(f"{stream} order", seed, turn))
         indices.append(int(order[place]))
     return indices
 
 
-def _generator(seed: int, step: int, sample: int) -> torch.Generator:
-    # Hashed, because neighbouring seeds of a Mersenne Twister start out alike.
-    key = hashlib.blake2b(f"{seed}/{step}/{sample}".encode(), digest_size=8).digest()
+def _generator(*key_parts: str | int) -> torch.Generator:
+    # Hashed, so that no two keys share a seed: seed + step + sample would repeat noise across steps.
+    key = hashlib.blake2b(repr(key_parts).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
 
 
@@ -182,7 +185,7 @@ def _open_rgb(path: Path, draft: int | None = None) -> Image.Image:
             return _flattened(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error
         cure = "save it as JPEG or PNG" if path.suffix.lower() in _HEIC else "replace or remove it"
-        reason = "" if isinstance(error, Image.UnidentifiedImageError) else f" ({_first_line(error)})"
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({_first_line(error)})"
         raise DataError(f"{path} cannot be read as a picture{reason}; {cure}") from error
 
 

@@ -87,7 +87,7 @@ def run_demo(
 
     before = draw(base.pipeline, "base")
     with _timed(seconds, "train"):
-        result = train(config, progress=lambda done, total: report("train", done, total))
+        result = train(config, progress=report)
     apply(base.pipeline, {result.adapter_path: 1.0})
     after = draw(base.pipeline, "adapter")
     apply(base.pipeline, {})
@@ -179,11 +179,12 @@ def _sheet(
         scale=1,
     )
     title = _title("dbadapter: one subject, taken to places where it was never photographed", drawn.width)
-    sheet = Image.new(
-        "RGB", (max(shown.width, drawn.width), title.height + shown.height + drawn.height), "white"
-    )
+    width = max(shown.width, drawn.width)
+    sheet = Image.new("RGB", (width, title.height + shown.height + drawn.height), "white")
     sheet.paste(title, (0, 0))
-    sheet.paste(shown, (0, title.height))
+    # Their row labels differ in width; flush right, photographs stand above the pictures.
+    left = drawn.width - shown.width if len(photographs) == len(after) else 0
+    sheet.paste(shown, (max(left, 0), title.height))
     sheet.paste(drawn, (0, title.height + shown.height))
     return sheet
 

@@ -7,6 +7,7 @@ ask for, so that one folder loads in both.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,17 @@ from torch import Tensor, nn
 
 from dbadapter.base import Base
 
-__all__ = ["DTYPES", "Graph", "Sizes", "component_graphs", "example_inputs"]
+__all__ = ["DTYPES", "SCALING_FACTOR", "Graph", "Sizes", "component_graphs", "example_inputs"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 # diffusers' upsampler copies its input when 64 or more pictures come at once, and torch.export takes that for
 # a limit. The graph is the same on both sides of it: ONNX knows no memory layouts.
 LARGEST_TRACED_BATCH = 63
+
+# diffusers' ONNX pipeline has SD1's factor in its code and reads no config. So the graphs of every VAE speak
+# in this scale, and the exported configs say so.
+SCALING_FACTOR = 0.18215
 
 Dims = tuple[str | int, ...]
 
@@ -96,33 +101,38 @@ class TextEncoderGraph(nn.Module):
 class VaeDecoderGraph(nn.Module):
     """latent_sample -> sample."""
 
-    def __init__(self, vae: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, vae: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
         self.dtype = dtype
+        self.ratio = SCALING_FACTOR / float(vae.config.scaling_factor)
 
     def forward(self, latent_sample: Tensor) -> Tensor:
-        """Return pixels in [-1, 1]; the latents are already divided by the scaling factor."""
-        sample: Tensor = self.vae.decode(latent_sample.float(), return_dict=False)[0]
+        """Return pixels in [-1, 1]; the latents are already divided by SCALING_FACTOR."""
+        latents = latent_sample.float() if self.ratio == 1 else latent_sample.float() * self.ratio
+        sample: Tensor = self.vae.decode(latents, return_dict=False)[0]
         return sample.to(self.dtype)
 
 
 class VaeEncoderGraph(nn.Module):
     """sample -> latent_sample, latent_parameters."""
 
-    def __init__(self, vae: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, vae: Any, dtype: torch.dtype) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae: Any = vae
         self.dtype = dtype
+        self.ratio = SCALING_FACTOR / float(vae.config.scaling_factor)
 
     def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean of the latents, and mean and log-variance in one, both unscaled.
+        """Return the mean of the latents, and mean and log-variance in one, before the SCALING_FACTOR.
 
         `latent_sample` is what diffusers reads, and must come first; `latent_parameters` lets optimum and our
         own runtime draw from the distribution with a seed of the caller's.
         """
-        distribution = self.vae.encode(sample.float(), return_dict=False)[0]
-        return distribution.mean.to(self.dtype), distribution.parameters.to(self.dtype)
+        mean, log_variance = self.vae.encode(sample.float(), return_dict=False)[0].parameters.chunk(2, dim=1)
+        if self.ratio != 1:
+            mean, log_variance = mean / self.ratio, log_variance - 2 * math.log(self.ratio)
+        return mean.to(self.dtype), torch.cat([mean, log_variance], dim=1).to(self.dtype)
 
 
 def component_graphs(base: Base, dtype: str = "float32") -> dict[str, Graph]:

@@ -284,7 +284,7 @@ class OnnxVae(_OnnxModule):
 class _ModelOutput(dict[str, Tensor]):
     """A model's outputs by name, as attribute, or by position, as transformers gives them."""
 
-    def __getattr__(self, name: str) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:

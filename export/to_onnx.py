@@ -19,11 +19,18 @@ import torch
 from torch import Tensor
 
 from dbadapter import lora
-from dbadapter.adapter import Adapter, adaptable_layers
+from dbadapter.adapter import Adapter, adaptable_layers, check_fits
 from dbadapter.base import Base
 from dbadapter.errors import ExportError, OutputError, UsageError
 from dbadapter.export import parity
-from dbadapter.export.graphs import DTYPES, Graph, Sizes, component_graphs, example_inputs
+from dbadapter.export.graphs import (
+    DTYPES,
+    SCALING_FACTOR,
+    Graph,
+    Sizes,
+    component_graphs,
+    example_inputs,
+)
 
 __all__ = ["OPSET", "REPORT_NAME", "export_onnx", "merged"]
 
@@ -48,7 +55,8 @@ def export_onnx(
     """Write the base with the adapters merged into it as an ONNX folder, checked against torch.
 
     The folder loads in `load_onnx_pipeline`, in diffusers' OnnxStableDiffusionPipeline, and in optimum-onnx's
-    ORTStableDiffusionPipeline. It appears whole or not at all.
+    ORTStableDiffusionPipeline. It appears whole or not at all. (diffusers' has the VAE factor 8 in its code:
+    for a 64-pixel picture of toybox, whose factor is 4, ask it for 128.)
 
     Args:
         base: with float32 weights; they are bit for bit as they were afterwards.
@@ -206,6 +214,8 @@ def _write_layout(base: Base, folder: Path) -> None:
     base.unet.save_config(folder / "unet")
     for half in ("vae_decoder", "vae_encoder"):
         base.vae.save_config(folder / half)
+        config = json.loads((folder / half / "config.json").read_text(encoding="utf-8"))
+        _write_json(folder / half / "config.json", config | {"scaling_factor": SCALING_FACTOR})
     base.text_encoder.config.save_pretrained(folder / "text_encoder")
     base.scheduler.save_pretrained(folder / "scheduler")
     _write_tokenizer(base.tokenizer, folder / "tokenizer")
@@ -243,7 +253,7 @@ def _load(base: Base, adapters: Mapping[str | os.PathLike[str] | Adapter, float]
         if weight != 0
     }
     for adapter in loaded:
-        lora.check_fits(adapter, base.unet, base.text_encoder, base_family=base.family)
+        check_fits(adapter, base.unet, base.text_encoder, base_family=base.family)
     return loaded
 
 
@@ -312,8 +322,8 @@ def _expected_bytes(base: Base, dtype: str) -> int:
     """Return the bytes of the weights, and a tenth more for the graphs."""
     parts = {"unet": base.unet, "text_encoder": base.text_encoder, "vae": base.vae}
     widths = {name: 4 if name == "vae" else DTYPES[dtype].itemsize for name in parts}
-    weights = sum(p.numel() * widths[name] for name, part in parts.items() for p in part.parameters())
-    return weights * 11 // 10 + 2**24
+    weights = [p.numel() * widths[name] for name, part in parts.items() for p in part.parameters()]
+    return int(sum(weights) * 1.1) + 2**24
 
 
 def _publish(temporary: Path, folder: Path) -> None:

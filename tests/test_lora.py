@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dbadapter import lora
+from dbadapter import keys, lora
 from dbadapter.adapter import Adapter, LoraWeights, adaptable_layers, check_fits, delta
 from dbadapter.adapter_file import write_adapter
 from dbadapter.errors import AdapterError, ConfigError
@@ -148,9 +148,9 @@ def test_sizes_on_the_true_stable_diffusion_1() -> None:
         found = lora.target_layers(model, component, ["attention"])
         assert len(found) == layers
         assert sum(sum(layer.get_parameter("weight").shape) for layer in found.values()) == size
-    assert (
-        len(lora.target_layers(unet, "unet", ALL_TARGETS)) == 278
-    )  # all but conv_in, conv_out, time embedding
+    every = lora.target_layers(unet, "unet", ALL_TARGETS)
+    assert len(every) == 278  # all but conv_in, conv_out and the time embedding
+    assert [keys.from_kohya(keys.to_kohya(name)) for name in every] == list(every)
 
 
 @pytest.mark.parametrize(

@@ -145,13 +145,14 @@ def test_the_png_carries_its_parameters(tiny_base: Base, tmp_path: Path) -> None
     with Image.open(written[0]) as image:
         text = image.info["parameters"]
     assert text == pictures[0].parameters
-    assert text.startswith("a café 猫 <lora:cat:1>\nSteps: 1, ") and "Seed: 5" in text
+    assert text.startswith("a café 猫 <lora:cat:1>\nSteps: 1, ")
+    assert "Seed: 5" in text
 
 
 def test_pictures_are_refused_where_others_lie(tmp_path: Path) -> None:
     out = tmp_path / "out"
     save_pictures([plain("red"), plain("blue", seed=1)], out)
-    with pytest.raises(OutputError, match="2 in all|3 in all"):
+    with pytest.raises(OutputError, match="3 in all"):
         save_pictures([plain("green")], out)
     foreign = out / "0005.png"
     Image.new("RGB", (4, 4)).save(foreign)
@@ -169,11 +170,13 @@ def test_pictures_are_refused_where_others_lie(tmp_path: Path) -> None:
 def test_grids_enlarge_small_pictures_and_hold_their_words() -> None:
     small = Image.new("RGB", (64, 64), "red")
     one = grid([[small]])
-    assert one.width >= SMALLEST_CELL and one.getpixel((40, 40)) == (255, 0, 0)
+    assert one.width >= SMALLEST_CELL
+    assert one.getpixel((40, 40)) == (255, 0, 0)
     worded = grid(
         [[small, small], [small]], row_labels=["base", "adapter " * 30], column_labels=["a", "b " * 60]
     )
-    assert worded.width > one.width and worded.height > 2 * SMALLEST_CELL
+    assert worded.width > one.width
+    assert worded.height > 2 * SMALLEST_CELL
     captioned = grid([[small]], captions=[["a photo of a red square on the beach"]])
     assert captioned.height > one.height
     assert (

@@ -48,8 +48,8 @@ def build_text_encoder() -> CLIPTextModel:
     )
 
 
-def build_unet(channels: tuple[int, ...] = (64, 128, 128)) -> UNet2DConditionModel:
-    """Return an untrained UNet for 16 x 16 x 4 latents, cross-attention at every resolution but the lowest blocks'."""
+def build_unet(channels: tuple[int, ...] = (64, 128, 192)) -> UNet2DConditionModel:
+    """Return an untrained UNet for 16 x 16 x 4 latents, with cross-attention at 16, 8 and (middle block) 4."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -65,7 +65,7 @@ def build_unet(channels: tuple[int, ...] = (64, 128, 128)) -> UNet2DConditionMod
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Return Stable Diffusion's noise schedule with v-prediction (it learned contexts where epsilon did not)."""
+    """Return Stable Diffusion's noise schedule, with v-prediction: it learned contexts where epsilon did not."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -105,7 +105,7 @@ def write_vocabulary(bpe: Path, folder: Path) -> None:
     """Write CLIP's tokenizer as `vocab.json`, `merges.txt` and configuration into a folder.
 
     Args:
-        bpe: OpenAI's bpe_simple_vocab_16e6.txt.gz (MIT; inside the packages open-clip-torch and clip-anytorch).
+        bpe: OpenAI's bpe_simple_vocab_16e6.txt.gz (MIT; inside open-clip-torch and clip-anytorch).
         folder: created if need be.
     """
     lines = gzip.decompress(bpe.read_bytes()).decode("utf-8").split("\n")

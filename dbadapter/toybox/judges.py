@@ -82,7 +82,9 @@ def _blemish(pictures: Tensor, rng: torch.Generator) -> Tensor:
     n = len(pictures)
     dx, dy = (int(v) for v in torch.randint(-4, 5, (2,), generator=rng))
     moved = F.pad(pictures, (4, 4, 4, 4), mode="replicate")[:, :, 4 + dy : 68 + dy, 4 + dx : 68 + dx]
-    small = F.interpolate(F.interpolate(moved, scale_factor=0.5, mode="area"), scale_factor=2, mode="bilinear")
+    small = F.interpolate(
+        F.interpolate(moved, scale_factor=0.5, mode="area"), scale_factor=2, mode="bilinear"
+    )
     keep = torch.rand(n, 1, 1, 1, generator=rng).clamp(0.2, 1)
     noise = 0.12 * torch.rand(n, 1, 1, 1, generator=rng) * torch.randn(moved.shape, generator=rng)
     return keep * moved + (1 - keep) * small + noise

@@ -191,7 +191,13 @@ def _surface(row, px, py, pz):  # type: ignore[no-untyped-def]
     kind = kind % 10
     if kind == 0:
         return row[0], row[1], row[2]
-    a = px / scale + 0.5 if flat else (math.atan2(px, pz) / (2 * math.pi) * 6 if scale > 0.44 else math.atan2(px, pz) / (2 * math.pi) * 8)
+    a = (
+        px / scale + 0.5
+        if flat
+        else (
+            math.atan2(px, pz) / (2 * math.pi) * 6 if scale > 0.44 else math.atan2(px, pz) / (2 * math.pi) * 8
+        )
+    )
     b = py / scale
     fa, fb = a - math.floor(a), b - math.floor(b)
     if kind == 1:
@@ -231,7 +237,9 @@ def _trace(bodies, count, mats, cam, ctx, s, cy, radius, u, v):  # type: ignore[
         r, g, bl = _surface(mats[int(b[18])], c * px - sn * pz, py, sn * px + c * pz)
         lit = max(nx * lx + ny * ly + nz * lz, 0.0)
         if lit > 0:
-            ts, _ = _march(bodies, count, px + 0.03 * nx, py + 0.03 * ny, pz + 0.03 * nz, lx, ly, lz, cy, radius)
+            ts, _ = _march(
+                bodies, count, px + 0.03 * nx, py + 0.03 * ny, pz + 0.03 * nz, lx, ly, lz, cy, radius
+            )
             if ts > 0:
                 lit *= 0.25
         shade = 0.52 + 0.12 * ny + 0.46 * lit
@@ -274,7 +282,16 @@ def _draw(bodies, counts, mats, cams, contexts, seeds, spheres, size, samples): 
                     u = 2 * (x + (k % samples + 0.5) / samples) / size - 1
                     v = 1 - 2 * (y + (k // samples + 0.5) / samples) / size
                     cr, cg, cb, cm = _trace(
-                        bodies[i], counts[i], mats[i], cams[i], contexts[i], seeds[i], spheres[i, 0], spheres[i, 1], u, v
+                        bodies[i],
+                        counts[i],
+                        mats[i],
+                        cams[i],
+                        contexts[i],
+                        seeds[i],
+                        spheres[i, 0],
+                        spheres[i, 1],
+                        u,
+                        v,
                     )
                     r, g, b, m = r + min(cr, 1.0), g + min(cg, 1.0), b + min(cb, 1.0), m + cm
                 w = 255.0 / (samples * samples)
@@ -284,7 +301,7 @@ def _draw(bodies, counts, mats, cams, contexts, seeds, spheres, size, samples): 
 
 
 def _camera(scene: world.Scene, height: float) -> npt.NDArray[np.float64]:
-    """Return the camera as 18 numbers: origin, right, up, forward, tan of half the view, light, yaw's cos, sin."""
+    """Return the camera as 18 numbers: origin, right, up, forward, tangent, light, yaw (cos, sin)."""
     view = scene.view
     flying = names.CONTEXTS[view.context] == "in the sky"
     target = np.array([view.shift[0], height / 2 + view.shift[1] + (0.0 if flying else 0.10), 0])
@@ -325,7 +342,10 @@ def render(
         reach = np.stack([world._reach(row) for row in one])
         height = float((one[:, 2] + reach[:, 1]).max())
         corner = np.abs(one[:, [1, 3]]) + reach[:, [0, 2]]
-        spheres[i] = height / 2, math.hypot(height / 2, float(np.hypot(corner[:, 0], corner[:, 1]).max())) + 0.02
+        spheres[i] = (
+            height / 2,
+            math.hypot(height / 2, float(np.hypot(corner[:, 0], corner[:, 1]).max())) + 0.02,
+        )
         heights.append(height)
     cams = np.stack([_camera(scene, height) for scene, height in zip(scenes, heights, strict=True)])
     mats = np.stack([world.materials(scene.instance) for scene in scenes]).astype(np.float64)

@@ -19,7 +19,14 @@ __all__ = ["HELD_OUT_SEED", "SUBJECTS", "TEST_CONTEXTS", "TRAIN_CONTEXTS", "Subj
 
 HELD_OUT_SEED = 77_001  # pretraining draws from another stream: these instances are absent from it
 TRAIN_CONTEXTS = ("", "on grass", "on a wooden floor", "on bricks", "in the snow")
-TEST_CONTEXTS = ("on the beach", "on a red carpet", "at night", "in the sky", "on water", "on a checkered tablecloth")
+TEST_CONTEXTS = (
+    "on the beach",
+    "on a red carpet",
+    "at night",
+    "in the sky",
+    "on water",
+    "on a checkered tablecloth",
+)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dbadapter.toybox.names import COLORS, CONTEXTS, NOUNS, PATTERNS
+from dbadapter.toybox.names import COLORS, CONTEXTS, NOUNS
 
 __all__ = [
     "VECTOR_SIZE",
@@ -157,7 +157,12 @@ def _turn(axis: str, degrees: float) -> Array:
 
 
 def _body(
-    kind: int, center: Point, size: tuple[float, ...], material: int, turn: Array | None = None, rounding: float = 0.0
+    kind: int,
+    center: Point,
+    size: tuple[float, ...],
+    material: int,
+    turn: Array | None = None,
+    rounding: float = 0.0,
 ) -> Array:
     row = np.zeros(BODY_WIDTH, np.float32)
     row[0] = kind
@@ -172,7 +177,9 @@ def _ball(center: Point, radii: Point, material: int, turn: Array | None = None)
     return _body(ELLIPSOID, center, radii, material, turn)
 
 
-def _box(center: Point, half: Point, material: int, turn: Array | None = None, rounding: float = 0.04) -> Array:
+def _box(
+    center: Point, half: Point, material: int, turn: Array | None = None, rounding: float = 0.04
+) -> Array:
     return _body(BOX, center, half, material, turn, rounding)
 
 
@@ -263,7 +270,9 @@ def _robot(u: Array) -> list[Array]:
     ]
     for s in (-1, 1):
         rows.append(_ball((s * head * 0.45, top + head * 0.9, 0.27), (0.1, 0.1, 0.06), GLASS))
-        rows.append(_box((s * (w + 0.14), 2 * leg + h + 0.1, 0), (0.1, arm, 0.12), ACCENT, _turn("z", s * 12)))
+        rows.append(
+            _box((s * (w + 0.14), 2 * leg + h + 0.1, 0), (0.1, arm, 0.12), ACCENT, _turn("z", s * 12))
+        )
         rows.append(_box((s * w * 0.5, leg, 0.02), (0.15, leg, 0.17), ACCENT))
     return rows
 
@@ -350,7 +359,9 @@ def _dog(u: Array) -> list[Array]:
     ]
     for s in (-1, 1):
         ear = _turn("x", -s * 12)
-        rows.append(_ball((hx - 0.1, hy + 0.1, s * head * 0.85), (0.13, 0.26 + 0.1 * u[4], 0.08), ACCENT, ear))
+        rows.append(
+            _ball((hx - 0.1, hy + 0.1, s * head * 0.85), (0.13, 0.26 + 0.1 * u[4], 0.08), ACCENT, ear)
+        )
         rows.append(_ball((hx + head * 0.7, hy + 0.12, s * 0.15), (0.06, 0.07, 0.05), DARK))
         for x in (-0.62 * length, 0.62 * length):
             rows.append(_cone((x, leg, s * fat * 0.6), 0.11, 0.13, leg, BODY))

@@ -1,7 +1,7 @@
 """The header's bytes of one fixed adapter: what other programs read must not change unnoticed.
 
-After an intended change: `DBADAPTER_UPDATE_GOLDEN=1 pytest tests/golden/test_adapter_header.py`, and say so in
-CHANGELOG.md.
+After an intended change: `DBADAPTER_UPDATE_GOLDEN=1 pytest tests/golden/test_adapter_header.py`, and say so
+in CHANGELOG.md.
 """
 
 from __future__ import annotations

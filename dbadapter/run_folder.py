@@ -1,0 +1,145 @@
+"""The folder that a training run leaves: what belongs to it, what is refused, and its metrics."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dbadapter.errors import OutputError
+
+__all__ = ["RunFolder", "write_text"]
+
+
+@dataclass
+class RunFolder:
+    """The output folder of one run.
+
+    Args:
+        path: the folder; made by `start`.
+        name: stem of the adapter's file.
+    """
+
+    path: Path
+    name: str
+    made: bool = False
+
+    @property
+    def adapter(self) -> Path:
+        """The adapter's file; NAME.json and NAME.png lie beside it."""
+        return self.path / f"{self.name}.safetensors"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def card(self) -> Path:
+        """The model card."""
+        return self.path / "README.md"
+
+    @property
+    def samples(self) -> Path:
+        """Pictures by the finished adapter, and their grid."""
+        return self.path / "samples"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What `--resume` goes on from."""
+        return self.path / "checkpoints"
+
+    @property
+    def class_images(self) -> Path:
+        """The class pictures of prior `generated`, with the record of what made them."""
+        return self.path / "class_images"
+
+    def check(self, instance_data_dir: Path, *, overwrite: bool, resume: bool) -> None:
+        """Pass if a run may write here; ask before hours of work, not after.
+
+        Raises:
+            OutputError: it is a file, the photographs' own folder, holds outputs already (unless overwrite
+                or resume), or holds nothing to resume.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path} is a file; expected a folder: pass another --output-dir")
+        if self.path.exists() and self.path.samefile(instance_data_dir):
+            raise OutputError(
+                f"{self.path} holds the photographs, and the run's pictures would mix with them; "
+                "pass another --output-dir"
+            )
+        unfinished = self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*.safetensors"))
+        if resume and not unfinished:
+            raise OutputError(f"{self.path} holds no checkpoint to resume from; leave out --resume")
+        present = [path.name for path in self._outputs() if path.exists()]
+        if present and not (overwrite or resume):
+            cure = "pass --overwrite to replace it, or another --output-dir"
+            if unfinished and not self.adapter.exists():
+                cure = f"pass --resume to go on with that run, {cure}"
+            raise OutputError(f"{self.path} holds {present[0]} already; {cure}")
+
+    def start(self, config_toml: str, *, resumed_step: int) -> None:
+        """Make the folder, write config.toml, and keep of earlier metrics the steps that stay valid.
+
+        A run from the start takes earlier checkpoints away; an earlier adapter stays until the new one is
+        done.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        try:
+            self.made = not self.path.exists()
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not resumed_step:
+                shutil.rmtree(self.checkpoints, ignore_errors=True)
+            write_text(self.config, config_toml)
+            lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+            write_text(self.metrics, "".join(f"{line}\n" for line in lines if _step(line) <= resumed_step))
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be written: {error.strerror}; pass another --output-dir"
+            ) from error
+
+    def append_metrics(self, lines: Iterable[Mapping[str, float | int | None]]) -> None:
+        """Append one JSON object a line."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(dict(line)) + "\n" for line in lines)
+
+    def abandon(self) -> None:
+        """Take away what a run that never made a checkpoint has left, so that nothing looks like a result."""
+        if self.made:
+            shutil.rmtree(self.path, ignore_errors=True)
+        elif not self.adapter.exists():
+            for path in (self.metrics, self.config):
+                path.unlink(missing_ok=True)
+
+    def _outputs(self) -> list[Path]:
+        sidecars = [self.adapter.with_suffix(end) for end in (".json", ".png")]
+        rest = [self.config, self.metrics, self.card, self.samples, self.checkpoints, self.class_images]
+        return [self.adapter, *sidecars, *rest]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file beside its target and rename it."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _step(line: str) -> int:
+    """Return the step of a metrics line; a line cut short by a crash counts as beyond the end."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 2**63
