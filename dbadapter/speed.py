@@ -70,7 +70,11 @@ def use_fast_layers(base: Base, resolution: int) -> None:
 def enable_gradient_checkpointing(base: Base) -> None:
     """Trade time for memory: keep few activations, compute the rest again in the backward pass."""
     base.unet.enable_gradient_checkpointing()
-    base.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    text_encoder = base.text_encoder
+    if hasattr(text_encoder, "activation_checkpointing_enable"):  # its name since transformers 5
+        text_encoder.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
     # Both checkpoint in training mode only. SD's parts have no dropout, so nothing else changes.
     base.unet.train()
     base.text_encoder.train()

@@ -98,7 +98,7 @@ def observe(base: Base, prompt: str, components: tuple[str, ...] | None = None) 
     graphs = component_graphs(base)
     outputs: Outputs = {}
     with torch.no_grad():
-        for name in components or tuple(graphs):
+        for name in tuple(graphs) if components is None else components:
             for case, inputs in _cases(base, name):
                 values = graphs[name].module.eval()(*inputs.values())
                 values = values if isinstance(values, tuple) else (values,)

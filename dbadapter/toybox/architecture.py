@@ -49,7 +49,7 @@ def build_text_encoder() -> CLIPTextModel:
 
 
 def build_unet(channels: tuple[int, ...] = (64, 128, 192)) -> UNet2DConditionModel:
-    """Return an untrained UNet for 16 x 16 x 4 latents, with cross-attention at 16, 8 and (middle block) 4."""
+    """Return an untrained UNet for 16 x 16 x 4 latents, cross-attention down to 8 and in the middle."""
     return UNet2DConditionModel(
         sample_size=16,
         in_channels=4,
@@ -65,7 +65,7 @@ def build_unet(channels: tuple[int, ...] = (64, 128, 192)) -> UNet2DConditionMod
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Return Stable Diffusion's noise schedule, with v-prediction: it learned contexts where epsilon did not."""
+    """Return Stable Diffusion's noise schedule with v-prediction, which learned contexts; epsilon did not."""
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,

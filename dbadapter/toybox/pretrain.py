@@ -122,7 +122,9 @@ def captions_of(
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str], device: torch.device) -> torch.Tensor:
     """Return token ids, shape (batch, length)."""
-    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+    encoded = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+    ids: torch.Tensor = encoded.input_ids.to(device)
+    return ids
 
 
 def train_text(
@@ -166,9 +168,11 @@ def train_text(
         ended = (ids == tokenizer.eos_token_id).float()
         loss = torch.zeros((), device=device)
         right = []
-        for head, name in zip(heads, ("noun", "context", "color", "pattern"), strict=True):
+        for head, silent, name in zip(
+            heads, [n - 1 for n in sizes], ("noun", "context", "color", "pattern"), strict=True
+        ):
             label = torch.tensor([getattr(c, name) for c in said], device=device)
-            label = torch.where(label < 0, head.out_features - 1, label)
+            label = torch.where(label < 0, silent, label)
             logits = head(states)
             each = F.cross_entropy(
                 logits.transpose(1, 2), label[:, None].expand(-1, ids.shape[1]), reduction="none"
@@ -390,7 +394,8 @@ def write_folder(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """Write the pipeline in fp16 as a diffusers folder that transformers 4.57 and 5 both read.
 
     transformers 5 drops `text_model.` from CLIPTextModel's keys, and 4.57 then loads random weights
-    with only a warning; so the prefix is written back.
+    with only a warning; so the prefix is written back. It also loads in the dtype that the configuration
+    names, diffusers in float32: a plain `from_pretrained` would mix the two, so that says float32.
     """
     from safetensors.torch import load_file, save_file
 
@@ -403,6 +408,9 @@ def write_folder(pipeline: StableDiffusionPipeline, folder: Path) -> None:
         k if k.startswith("text_model.") else f"text_model.{k}": v for k, v in load_file(weights).items()
     }
     save_file(tensors, weights, metadata={"format": "pt"})
+    config = folder / "text_encoder" / "config.json"
+    about = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    config.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 @click.command()

@@ -131,7 +131,7 @@ def materials(instance: Instance) -> Array:
 
     def shade(index: int, jitter: float) -> Array:
         color = palette[index]
-        return np.clip(color * (0.88 + 0.24 * jitter), 0, 1).astype(np.float32)
+        return np.asarray(np.clip(color * (0.88 + 0.24 * jitter), 0, 1), np.float32)
 
     rows = np.zeros((6, MATERIAL_WIDTH), np.float32)
     rows[BODY, :3] = shade(instance.color, float(v[10]))
