@@ -70,7 +70,8 @@ def agreement(
     worst = min(each, key=lambda noun: each[noun])
     return {
         "noun_agreement": float((found["noun"] == nouns).float().mean()),
-        "worst_noun": {"noun": worst, "agreement": each[worst]},
+        "worst_noun": each[worst],
+        "worst_noun_name": worst,
         "context_agreement": float((found["context"] == places).float().mean()),
         "color_agreement": float((found["color"][len(pairs) :] == shades).float().mean()),
         "by_noun": each,

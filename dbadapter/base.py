@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -102,6 +103,13 @@ class Base:
     def prediction_type(self) -> str:
         """What the UNet predicts: "epsilon" or "v_prediction"."""
         return str(self.scheduler.config.prediction_type)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits of the UNet's first and last layer: tells a base from another in its place."""
+        ends = (self.unet.conv_in.weight, self.unet.conv_out.weight)
+        data = b"".join(weight.detach().float().cpu().numpy().tobytes() for weight in ends)
+        return hashlib.sha256(data).hexdigest()[:16]
 
     @property
     def device(self) -> torch.device:

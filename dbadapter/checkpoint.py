@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from dbadapter.base import Base
 from dbadapter.config import TrainConfig
 from dbadapter.errors import ConfigError, TrainingError
 
@@ -66,16 +67,20 @@ class Snapshot:
     identity: Mapping[str, Any]
 
 
-def run_identity(config: TrainConfig, prediction_type: str, photographs: int) -> dict[str, Any]:
+def run_identity(config: TrainConfig, base: Base, photographs: int) -> dict[str, Any]:
     """Return what must not change for a resumed run to be the same run.
 
     Args:
         config: resolved.
-        prediction_type: the base's, in case the configuration leaves it open.
+        base: as loaded; its weights count, not only its name.
         photographs: how many there are.
     """
     fields = {name: getattr(config, name) for name in _IDENTITY}
-    return fields | {"prediction_type": prediction_type, "photographs": photographs}
+    return fields | {
+        "prediction_type": base.prediction_type,
+        "base_fingerprint": base.fingerprint,
+        "photographs": photographs,
+    }
 
 
 def capture(
@@ -170,15 +175,14 @@ def restore(
     """
     shapes = [tuple(parameter.shape) for parameter in parameters]
     stored = sum(key.startswith("parameter.") for key in snapshot.tensors)
+    cure = "the base has changed since; start anew with --overwrite"
     if stored != len(parameters):
-        raise TrainingError(
-            f"the checkpoint has {stored} factors, the model {len(parameters)}: other targets"
-        )
+        raise TrainingError(f"the checkpoint has {stored} factors, the model {len(parameters)}: {cure}")
     for index, parameter in enumerate(parameters):
         value = snapshot.tensors[f"parameter.{index}"]
         if tuple(value.shape) != shapes[index]:
             raise TrainingError(
-                f"factor {index} of the checkpoint is {tuple(value.shape)}, the model's {shapes[index]}"
+                f"factor {index} is {tuple(value.shape)} in the checkpoint, {shapes[index]} here: {cure}"
             )
         with torch.no_grad():
             parameter.copy_(value)

@@ -67,6 +67,7 @@ def generated_prior(base: Base, config: TrainConfig, folder: Path, progress: Pro
     count, resolution = _required(config.num_class_images), _required(config.resolution)
     record = {
         "base": config.base,
+        "base_fingerprint": base.fingerprint,
         "prediction_type": base.prediction_type,
         "prompt": config.class_prompt,
         "count": count,

@@ -310,7 +310,7 @@ def _no_progress_bar(pipeline: Any) -> Iterator[None]:
 
 
 def _model_name(pipeline: Any) -> str:
-    """Return the name of the folder that the pipeline came from; "model" and "onnx" say nothing by themselves."""
+    """Return the name of the folder that the pipeline came from; "model" and "onnx" alone say nothing."""
     path = Path(str(getattr(pipeline, "name_or_path", None) or "unknown"))
     return path.parent.name if path.name in ("model", "onnx") and path.parent.name else path.name
 

@@ -260,7 +260,7 @@ def _learn(
     folder.check(config.instance_data_dir, overwrite=config.overwrite, resume=config.resume)
     base = load_base(config.base, prediction_type=config.prediction_type)
     config = _resolved(config, base)
-    identity = checkpoint.run_identity(config, base.prediction_type, len(photographs))
+    identity = checkpoint.run_identity(config, base, len(photographs))
     snapshot = _resumed(config, folder, identity)
     keep_freed_memory(base.device)
     folder.start(config.to_toml(), resumed_step=snapshot.step if snapshot else 0)

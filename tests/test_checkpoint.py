@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dbadapter import checkpoint
+from dbadapter.base import Base
 from dbadapter.config import TrainConfig
 from dbadapter.errors import ConfigError, TrainingError
 
@@ -57,7 +58,7 @@ def test_a_snapshot_is_a_copy() -> None:
 
 
 def test_learning_rate_is_the_new_one(tmp_path: Path) -> None:
-    """The cure for a loss that is not finite is a lower rate: a checkpoint must not bring the old one back."""
+    """The cure for a loss that is not finite is a lower rate: the old one must not come back."""
     parameters, optimizer = optimised()
     snapshot = checkpoint.capture(3, parameters, optimizer, scaler(), IDENTITY)
     fresh = [nn.Parameter(torch.zeros_like(parameter)) for parameter in parameters]
@@ -102,13 +103,17 @@ def test_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
         checkpoint.check_same_run(snapshot, IDENTITY | {"rank": 4, "snr_gamma": 5.0})
 
 
-def test_identity_holds_what_decides_the_weights(tmp_path: Path) -> None:
+def test_identity_holds_what_decides_the_weights(tmp_path: Path, tiny_base: Base) -> None:
     config = TrainConfig(tmp_path, "dog", tmp_path).resolved("sd1", 512, "sks")
-    identity = checkpoint.run_identity(config, "epsilon", 5)
+    identity = checkpoint.run_identity(config, tiny_base, 5)
     assert identity["photographs"] == 5
     assert identity["prediction_type"] == "epsilon"
     assert {"rank", "targets", "seed", "instance_prompt", "prior"} <= set(identity)
     assert not {"learning_rate", "max_train_steps", "mixed_precision", "output_dir"} & set(identity)
+    with torch.no_grad():
+        tiny_base.unet.conv_out.weight.add_(1e-3)
+    other = checkpoint.run_identity(config, tiny_base, 5)
+    assert {name for name in identity if identity[name] != other[name]} == {"base_fingerprint"}
 
 
 def test_broken_checkpoint_is_named(tmp_path: Path) -> None:
@@ -121,7 +126,7 @@ def test_broken_checkpoint_is_named(tmp_path: Path) -> None:
 def test_other_factors_are_refused() -> None:
     parameters, optimizer = optimised()
     snapshot = checkpoint.capture(3, parameters, optimizer, scaler(), IDENTITY)
-    with pytest.raises(TrainingError, match="2 factors, the model 1"):
+    with pytest.raises(TrainingError, match="2 factors, the model 1: the base has changed"):
         checkpoint.restore(snapshot, parameters[:1], optimizer, scaler())
-    with pytest.raises(TrainingError, match=r"is \(3, 2\), the model's \(4,\)"):
+    with pytest.raises(TrainingError, match=r"is \(3, 2\) in the checkpoint, \(4,\) here"):
         checkpoint.restore(snapshot, parameters[::-1], optimizer, scaler())

@@ -162,7 +162,9 @@ def test_no_two_samples_share_a_noise(other: tuple[str, int, int, list[int]]) ->
 
 
 def test_timesteps_cover_the_schedule() -> None:
-    timesteps = torch.cat([draw("instance", 0, step, range(8), (1, 1, 1), 10).timesteps for step in range(50)])
+    timesteps = torch.cat(
+        [draw("instance", 0, step, range(8), (1, 1, 1), 10).timesteps for step in range(50)]
+    )
     assert set(timesteps.tolist()) == set(range(10))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tomllib
@@ -15,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dbadapter import training
+from dbadapter import model_card, prior, training
 from dbadapter.adapter_file import read_adapter
 from dbadapter.base import Base, load_base
 from dbadapter.config import TrainConfig
@@ -56,6 +57,21 @@ def config(tmp_path: Path, photographs: Path, tiny_base_folder: Path) -> TrainCo
         checkpointing_steps=2,
         validation_prompt=("a photo of {identifier} {class_noun}",),
     )
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sampler steps a picture: these tests are about what is written, not how it looks."""
+    for module, name in (
+        (model_card, "generate_pictures"),
+        (prior, "generate_pictures"),
+        (prior, "sample_class_latents"),
+    ):
+        monkeypatch.setattr(module, name, functools.partial(_quick, getattr(module, name)))
+
+
+def _quick(original: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
+    return original(*arguments, **settings | {"num_inference_steps": 2})
 
 
 def set_up(config: TrainConfig, tmp_path: Path) -> Run:
@@ -212,11 +228,11 @@ def test_file_is_the_trained_model(
     assert (predict(tiny_base) - predict(trained)).norm() < effect / 20
 
 
-@pytest.mark.parametrize("prior", ["generated", "none"])
-def test_other_priors_run(config: TrainConfig, prior: str) -> None:
-    result = train(replace(config, prior=prior, max_train_steps=1))
-    assert (result.prior_loss is None) == (prior == "none")
-    assert (config.output_dir / "class_images/0001.png").exists() == (prior == "generated")
+@pytest.mark.parametrize("kind", ["generated", "none"])
+def test_other_priors_run(config: TrainConfig, kind: str) -> None:
+    result = train(replace(config, prior=kind, max_train_steps=1))
+    assert (result.prior_loss is None) == (kind == "none")
+    assert (config.output_dir / "class_images/0001.png").exists() == (kind == "generated")
 
 
 def test_runs_repeat(config: TrainConfig, tmp_path: Path) -> None:
@@ -302,7 +318,7 @@ def test_loss_that_is_not_finite(config: TrainConfig, monkeypatch: pytest.Monkey
     """Nothing learned before is lost, and the message gives step and cure."""
     with monkeypatch.context() as patch:
         stop_at(patch, 3, lambda: float("nan"))
-        with pytest.raises(TrainingError, match="at step 4: lower --learning-rate .* from step 2"):
+        with pytest.raises(TrainingError, match=r"at step 4: lower --learning-rate .* from step 2"):
             train(config)
     assert train(replace(config, resume=True, learning_rate=1e-3)).steps == 4
 
