@@ -44,7 +44,7 @@ _PARTS = {
     "scheduler": None,
 }
 # What other in_channels than the VAE's latents mean for a UNet with 4 latent channels.
-_EXTRA_CHANNELS = {5: "a depth-conditioned UNet", 8: "an InstructPix2Pix UNet", 9: "an inpainting UNet"}
+_EXTRA_CHANNELS = {"5": "a depth-conditioned UNet", "8": "an InstructPix2Pix UNet", "9": "an inpainting UNet"}
 
 
 @dataclass
@@ -181,11 +181,14 @@ def detect_family(folder: Path) -> str:
         _check_part(folder, index, part, stem)
     unet, vae = _read_json(folder / "unet/config.json"), _read_json(folder / "vae/config.json")
     text = _read_json(folder / "text_encoder/config.json")
-    if not (width := text.get("hidden_size", text.get("text_config", {}).get("hidden_size"))):
+    nested = text.get("text_config")
+    if not (
+        width := text.get("hidden_size", nested.get("hidden_size") if isinstance(nested, dict) else None)
+    ):
         raise BaseError(f"base {folder}: text_encoder/config.json has no hidden_size; it is no CLIPTextModel")
     in_channels, latent_channels = unet.get("in_channels", 4), vae.get("latent_channels", 4)
     if in_channels != latent_channels:
-        kind = _EXTRA_CHANNELS.get(in_channels, "not a plain text-to-image UNet")
+        kind = _EXTRA_CHANNELS.get(str(in_channels), "not a plain text-to-image UNet")
         raise BaseError(
             f"base {folder}: its UNet takes {in_channels} channels where the VAE gives {latent_channels}: "
             f"{kind}; pass the text-to-image model that it was made from"
@@ -280,7 +283,10 @@ def _folder(spec: str) -> Path:
         from dbadapter import toybox
 
         return Path(toybox.folder())
-    path = Path(spec).expanduser()
+    try:
+        path = Path(spec).expanduser()
+    except RuntimeError as error:  # ~name of a user that is not there
+        raise BaseError(f"base {spec}: {error}; pass toybox or a diffusers folder") from None
     if path.is_dir():
         if (path / "model_index.json").is_file():
             return path
@@ -302,7 +308,7 @@ def _folder(spec: str) -> Path:
 
 
 def _refuse_other_architectures(folder: Path, index: Mapping[str, Any]) -> None:
-    present = {part for part, entry in index.items() if isinstance(entry, list) and entry[-1] is not None}
+    present = {part for part in index if _class_name(index, part) is not None}
     if "transformer" in present:
         raise BaseError(
             f"base {folder}: {index.get('_class_name', 'it')} has a transformer in place of a UNet (DiT), "
@@ -317,12 +323,12 @@ def _refuse_other_architectures(folder: Path, index: Mapping[str, Any]) -> None:
 
 def _check_part(folder: Path, index: Mapping[str, Any], part: str, stem: str | None) -> None:
     """Raise BaseError unless the part is there, of the expected class, with safetensors weights."""
-    entry = index.get(part) or [None, None]
-    if entry[-1] is None or not (folder / part).is_dir():
+    name = _class_name(index, part)
+    if name is None or not (folder / part).is_dir():
         raise BaseError(f"base {folder}: the part {part} is missing; download or save the model again, whole")
-    if part == "text_encoder" and entry[-1] != "CLIPTextModel":
+    if part == "text_encoder" and name != "CLIPTextModel":
         raise BaseError(
-            f"base {folder}: its text encoder is a {entry[-1]}, expected a CLIPTextModel; "
+            f"base {folder}: its text encoder is a {name}, expected a CLIPTextModel; "
             "pass an SD1.x folder or toybox"
         )
     if stem is None or any((folder / part).glob(f"{stem}*.safetensors*")):
@@ -332,6 +338,12 @@ def _check_part(folder: Path, index: Mapping[str, Any], part: str, stem: str | N
             f"base {folder}: {part} has only {pickles[0]}, a pickle, which can run code; save safetensors"
         )
     raise BaseError(f"base {folder}: {part} has no {stem}.safetensors; download the model again, whole")
+
+
+def _class_name(index: Mapping[str, Any], part: str) -> str | None:
+    """Return the class that model_index.json states for a part: the last of [library, class]."""
+    entry = index.get(part)
+    return str(entry[-1]) if isinstance(entry, list) and entry and entry[-1] is not None else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -346,11 +358,28 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _variant(folder: Path) -> str | None:
-    """Return "fp16" where the UNet is there only as diffusion_pytorch_model.fp16.safetensors."""
-    stem = folder / "unet/diffusion_pytorch_model"
+def _variant(folder: Path, part: str) -> str | None:
+    """Return "fp16" where a part is there only as, e.g., diffusion_pytorch_model.fp16.safetensors."""
+    stem = folder / part / str(_PARTS[part])
     plain = any(Path(f"{stem}.safetensors{end}").is_file() for end in ("", ".index.json"))
     return None if plain or not Path(f"{stem}.fp16.safetensors").is_file() else "fp16"
+
+
+def _load_part(folder: Path, part: str, kind: Any) -> Any:
+    """Return one model; the libraries only log what a file lacks, and give those layers random weights."""
+    model, info = kind.from_pretrained(
+        folder / part,
+        variant=_variant(folder, part),
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise BaseError(
+            f"base {folder}: the weights of {part} are incomplete: {len(missing)} are missing, "
+            f"first {missing[0]}; download or save the model again, whole"
+        )
+    return model
 
 
 def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
@@ -366,15 +395,18 @@ def _load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> An
     try:
         pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
             folder,
-            variant=_variant(folder),
+            unet=_load_part(folder, "unet", diffusers.UNet2DConditionModel),
+            vae=_load_part(folder, "vae", diffusers.AutoencoderKL),
+            text_encoder=_load_part(folder, "text_encoder", transformers.CLIPTextModel),
             local_files_only=True,
-            use_safetensors=True,
             safety_checker=None,
             feature_extractor=None,
             image_encoder=None,
             requires_safety_checker=False,
         )
         return pipeline.to(device, dtype)
+    except BaseError:
+        raise
     except Exception as error:  # third-party loaders raise anything on a broken file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseError(f"base {folder}: cannot be loaded ({reason}); download it again") from error

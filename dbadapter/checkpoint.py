@@ -44,6 +44,8 @@ _IDENTITY = (
     "snr_gamma",
     "seed",
     "random_flip",
+    "num_class_images",
+    "class_data_dir",
 )
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
@@ -76,6 +78,7 @@ def run_identity(config: TrainConfig, base: Base, photographs: int) -> dict[str,
         photographs: how many there are.
     """
     fields = {name: getattr(config, name) for name in _IDENTITY}
+    fields["class_data_dir"] = None if config.class_data_dir is None else str(config.class_data_dir)
     return fields | {
         "prediction_type": base.prediction_type,
         "base_fingerprint": base.fingerprint,

@@ -29,6 +29,7 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 # How to run, not what to train: kept out of config.toml, so that repeating a run from its own file
 # never overwrites or resumes anything by surprise.
 RUN_FLAGS = ("resume", "overwrite")
+MOST_NAME = 100  # characters; file systems take 255 bytes, and endings and temporary names come on top
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ class TrainConfig:
         # From Python, "photos" for a path and a list for a tuple are what people write.
         for field in ("instance_data_dir", "output_dir", "class_data_dir"):
             value = getattr(self, field)
-            if isinstance(value, str):
+            if isinstance(value, str) and value:  # Path("") would be the current folder
                 object.__setattr__(self, field, Path(value))
         for field in ("targets", "validation_prompt"):
             value = getattr(self, field)
@@ -209,7 +210,7 @@ def read_toml(path: str | Path) -> dict[str, typing.Any]:
         table = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read configuration {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, thousands of digits or brackets
         raise ConfigError(f"{path} is no TOML: {' '.join(str(error).split())}") from None
     hints = typing.get_type_hints(TrainConfig)
     values: dict[str, typing.Any] = {}
@@ -281,7 +282,22 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def _type_faults(config: TrainConfig) -> Iterator[str]:
+    """Say which fields are of another type than declared, as from Python they can be."""
+    for name, hint in typing.get_type_hints(TrainConfig).items():
+        value = getattr(config, name)
+        if value is None and type(None) in typing.get_args(hint):
+            continue
+        try:
+            _converted(list(value) if isinstance(value, tuple) else value, hint)
+        except TypeError as error:
+            yield f"{name} must be {error}, got {value!r}"
+
+
 def _faults(config: TrainConfig) -> Iterator[str]:
+    if wrong := list(_type_faults(config)):  # nothing else can be asked of such values
+        yield from wrong
+        return
     yield from _text_faults(config)
     for name, choices in _CHOICES.items():
         value = getattr(config, name)
@@ -299,6 +315,8 @@ def _faults(config: TrainConfig) -> Iterator[str]:
 def _text_faults(config: TrainConfig) -> Iterator[str]:
     if not config.class_noun.strip():
         yield "class_noun must say what the subject is, e.g. dog, got nothing"
+    elif re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", config.class_noun):
+        yield f"class_noun must be one line without control characters, got {config.class_noun!r}"
     elif config.class_noun == "auto":
         yield "class_noun auto is not supported yet: say what the subject is, e.g. dog"
     for name in ("identifier", "base"):
@@ -307,6 +325,8 @@ def _text_faults(config: TrainConfig) -> Iterator[str]:
     stem = config.name
     if stem is not None and (stem.strip() in ("", ".", "..") or re.search(r'[\x00-\x1f/\\:*?"<>|]', stem)):
         yield f"name must be a plain file name without / or other special characters, got {stem!r}"
+    elif stem is not None and len(stem) > MOST_NAME:
+        yield f"name must have at most {MOST_NAME} characters, got {len(stem)}: pass a shorter name"
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         for text in value if isinstance(value, tuple) else (value,):
@@ -386,10 +406,13 @@ def _converted(value: object, hint: object) -> object:
             return tuple(value)
         raise TypeError("a list of strings")
     kind = kinds[0]
-    if kind is Path and isinstance(value, str):
+    if kind is Path and isinstance(value, str) and value:
         return Path(value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # an int of hundreds of digits
+            raise TypeError("a number that is finite") from None
     # bool is an int in Python, but `rank = true` is a fault.
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
         return value

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from dbadapter.errors import DataError
+from dbadapter.errors import BaseError, DataError
 
 __all__ = [
     "Draws",
@@ -66,17 +66,21 @@ class LatentCache:
 
     @classmethod
     def encode(cls, vae: Any, pictures: Sequence[Tensor], batch_size: int = 4) -> LatentCache:
-        """Encode pictures (3, height, width) in [-1, 1], all of one size."""
+        """Encode pictures (3, height, width) in [-1, 1], all of one size; BaseError if it cannot."""
         means, stds = [], []
         for start in range(0, len(pictures), batch_size):
             batch = torch.stack(list(pictures[start : start + batch_size])).to(vae.device, vae.dtype)
-            with torch.no_grad():
+            # Never under autocast: some VAEs overflow in fp16, and all caches shall be of one precision.
+            with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
                 posterior = vae.encode(batch).latent_dist
             means.append(posterior.mean.float())
             stds.append(posterior.std.float())
         # Read from the config: 0.18215 is SD1's scale, not everyone's.
         scale, shift = float(vae.config.scaling_factor), float(vae.config.get("shift_factor") or 0)
-        return cls(mean=(torch.cat(means) - shift) * scale, std=torch.cat(stds) * scale)
+        cache = cls(mean=(torch.cat(means) - shift) * scale, std=torch.cat(stds) * scale)
+        if not (torch.isfinite(cache.mean).all() and torch.isfinite(cache.std).all()):
+            raise BaseError("the base's VAE gave latents that are not finite: its weights are broken")
+        return cache
 
     @classmethod
     def of_latents(cls, latents: Tensor) -> LatentCache:
@@ -96,7 +100,7 @@ def find_photographs(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"the folder of photographs {folder} {kind}; pass a folder with 3 to 20 photographs")
+        raise DataError(f"the folder of photographs {folder} {kind}; pass a folder with 3 to 6 photographs")
     try:
         files = sorted(path for path in folder.iterdir() if _is_picture(path))
     except OSError as error:
@@ -104,7 +108,7 @@ def find_photographs(folder: str | Path) -> list[Path]:
     if not files:
         raise DataError(
             f"no photographs in {folder}: expected files such as .jpg, .png or .webp directly in it; "
-            "put 3 to 20 photographs of the subject there"
+            "put 3 to 6 photographs of the subject there"
         )
     for path in files:
         _open_rgb(path)
@@ -173,7 +177,7 @@ def _generator(*key_parts: str | int) -> torch.Generator:
 
 def _is_picture(path: Path) -> bool:
     # Hidden files: macOS writes "._IMG_1.jpg" sidecars that are no pictures.
-    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and path.is_file()
+    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
 def _open_rgb(path: Path, draft: int | None = None) -> Image.Image:

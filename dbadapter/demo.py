@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ CELL = 160  # pixels of a picture on the sheet; toybox draws 64
 CONTEXTS = 5
 SUMMARY = "summary.json"
 SHEET = "demo.png"
+# In the summary, so that only a folder of ours is ever taken for an earlier demo.
+MARK = {"generator": "dbadapter demo"}
 
 Report = Callable[[str, int, int], None]
 
@@ -98,6 +101,7 @@ def run_demo(
     photographs = [_opened(path) for path in sorted(subject.folder.glob("*.png"))]
     _write_picture(_sheet(photographs, before, after, exported, subject.class_noun), folder / SHEET)
     summary = {
+        **MARK,
         "finished": True,
         "quick": quick,
         "class_noun": subject.class_noun,
@@ -124,7 +128,7 @@ def next_commands(output_dir: str | Path, summary: dict[str, Any]) -> str:
         [
             "",
             "More pictures of this subject:",
-            f"  dbadapter generate --adapter {folder / 'adapter/subject.safetensors'} \\",
+            f"  dbadapter generate --adapter {shlex.quote(str(folder / 'adapter/subject.safetensors'))} \\",
             f'      --prompt "{prompt}" --output-dir pictures',
             "Your own subject, from 3 to 6 photographs in one folder:",
             "  dbadapter train --base FOLDER --instance-data-dir photos --class-noun dog --output-dir my-dog",
@@ -138,14 +142,22 @@ def _prepare(folder: Path, overwrite: bool) -> None:
     """Make the folder, or take the one of an earlier demo and mark it as unfinished."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file, expected a folder: pass another --output-dir")
-    earlier = (folder / SUMMARY).is_file()
+    earlier = _is_ours(folder / SUMMARY)
     if folder.is_dir() and any(folder.iterdir()) and not (earlier and overwrite):
         cure = "pass another --output-dir" if not earlier else "pass overwrite=True or another folder"
         raise OutputError(f"{folder} is not empty{'' if earlier else ' and holds no earlier demo'}: {cure}")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / SHEET).unlink(missing_ok=True)
     # From the start, so that the folder of an interrupted run is known as ours, and as unfinished.
-    _write_json({"finished": False}, folder / SUMMARY)
+    _write_json({**MARK, "finished": False}, folder / SUMMARY)
+
+
+def _is_ours(summary: Path) -> bool:
+    try:
+        content = json.loads(summary.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and MARK.items() <= content.items()
 
 
 @contextmanager

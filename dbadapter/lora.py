@@ -26,6 +26,7 @@ __all__ = [
     "TrainableParameters",
     "adapters_off",
     "apply",
+    "check_fits_pipeline",
     "collect",
     "inject",
     "load_adapter",
@@ -36,6 +37,10 @@ __all__ = [
 
 # The name of our one PEFT adapter on a model. Several files are applied as one, joined along the rank.
 ADAPTER_NAME = "dbadapter"
+
+SD2_WIDTH = 1024  # cross_attention_dim of SD2.x; SD1.x has 768
+# What files say (ModelSpec's "v", others' spelling too) in diffusers' words.
+_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 # Ends of the UNet's layer names. `conv_in`, `conv_out` and the time embedding are left out: sd-scripts,
 # stable-diffusion.cpp and others drop them from a file, and the subject would come out differently there.
@@ -208,14 +213,15 @@ def apply(pipeline: Any, adapters: Mapping[str | PathLike[str] | Adapter, float]
         pipeline: e.g. a StableDiffusionPipeline. `apply(pipeline, {})` restores it bit for bit.
         adapters: file or Adapter -> weight; 1.0 is the strength it was trained at.
     Raises:
-        AdapterError: a file is broken or does not fit; the pipeline is then as it was.
+        AdapterError: a file is broken or does not fit, or was trained for a base that predicts something
+            else; the pipeline is then as it was.
     """
     models = _models(pipeline)
     loaded = [(_loaded(adapter), weight) for adapter, weight in adapters.items()]
     for adapter, weight in loaded:
         if not math.isfinite(weight):
             raise AdapterError(f"An adapter's weight must be a finite number, got {weight}")
-        _check_fits_pipeline(adapter, models)
+        check_fits_pipeline(adapter, pipeline)
     for component, model in models.items():
         _check_bare(model, component, ours_too=False)
     remove(*models.values())
@@ -239,8 +245,8 @@ def merge_into(pipeline: Any, adapter: str | PathLike[str] | Adapter, weight: fl
         AdapterError: it does not fit (nothing was changed then), or adapters are applied to the pipeline.
     """
     adapter = _loaded(adapter)
+    check_fits_pipeline(adapter, pipeline)
     models = _models(pipeline)
-    _check_fits_pipeline(adapter, models)
     for component, model in models.items():
         _check_bare(model, component)
         layers = adaptable_layers(model, component)
@@ -250,6 +256,29 @@ def merge_into(pipeline: Any, adapter: str | PathLike[str] | Adapter, weight: fl
                 parameter.copy_(parameter.float() + weight * delta(factors, layers[name]))
 
 
+def check_fits_pipeline(adapter: Adapter, pipeline: Any) -> None:
+    """Check that an adapter was made for such a base: family, layers, shapes, and what the base predicts.
+
+    Raises:
+        AdapterError: it was not; the message gives the reason and the cure.
+    """
+    models = _models(pipeline)
+    if "unet" not in models:
+        raise AdapterError("The pipeline has no UNet of torch that an adapter could change")
+    unet, text_encoder_2 = models["unet"], models.get("text_encoder_2")
+    width = getattr(getattr(unet, "config", None), "cross_attention_dim", None)
+    family = "sdxl" if text_encoder_2 is not None else "sd2" if width == SD2_WIDTH else "sd1"
+    check_fits(adapter, unet, models.get("text_encoder"), text_encoder_2, base_family=family)
+    recorded = _PREDICTION_TYPES.get(adapter.metadata.get("modelspec.prediction_type", ""))
+    scheduler = getattr(pipeline, "scheduler", None)
+    predicts = scheduler.config.get("prediction_type") if scheduler is not None else None
+    if recorded and predicts and recorded != predicts:
+        raise AdapterError(
+            f"The adapter was trained for a base that predicts {recorded}, this base says {predicts}: pass "
+            f"the base that it was trained on, or --prediction-type {recorded} where its scheduler is wrong"
+        )
+
+
 def _loaded(adapter: str | PathLike[str] | Adapter) -> Adapter:
     return adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
 
@@ -257,12 +286,6 @@ def _loaded(adapter: str | PathLike[str] | Adapter) -> Adapter:
 def _models(pipeline: Any) -> dict[str, nn.Module]:
     found = {component: getattr(pipeline, component, None) for component in keys.COMPONENTS}
     return {component: model for component, model in found.items() if isinstance(model, nn.Module)}
-
-
-def _check_fits_pipeline(adapter: Adapter, models: Mapping[str, nn.Module]) -> None:
-    if "unet" not in models:
-        raise AdapterError("The pipeline has no UNet of torch that an adapter could change")
-    check_fits(adapter, models["unet"], models.get("text_encoder"), models.get("text_encoder_2"))
 
 
 def _check_rank(rank: int, alpha: float) -> None:

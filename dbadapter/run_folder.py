@@ -80,6 +80,11 @@ class RunFolder:
         if resume and not unfinished:
             raise OutputError(f"{self.path} holds no checkpoint to resume from; leave out --resume")
         present = [path.name for path in self._outputs() if path.exists()]
+        if overwrite and present and not self._is_run():
+            raise OutputError(
+                f"{self.path} holds {present[0]}, but no run of dbadapter, so it is not replaced; "
+                "pass another --output-dir"
+            )
         if present and not (overwrite or resume):
             cure = "pass --overwrite to replace it, or another --output-dir"
             if unfinished and not self.adapter.exists():
@@ -89,8 +94,8 @@ class RunFolder:
     def start(self, config_toml: str, *, resumed_step: int) -> None:
         """Make the folder, write config.toml, and keep of earlier metrics the steps that stay valid.
 
-        A run from the start takes earlier checkpoints away; an earlier adapter stays until the new one is
-        done.
+        A run from the start sets an earlier one's checkpoints, metrics and configuration aside until
+        `settle`; an earlier adapter stays until the new one is done.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -98,8 +103,9 @@ class RunFolder:
         try:
             self.made = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
+            self._put_back()  # of a run that was killed before it had anything of its own
             if not resumed_step:
-                shutil.rmtree(self.checkpoints, ignore_errors=True)
+                self._set_aside()
             write_text(self.config, config_toml)
             lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
             write_text(self.metrics, "".join(f"{line}\n" for line in lines if _step(line) <= resumed_step))
@@ -114,12 +120,51 @@ class RunFolder:
             file.writelines(json.dumps(dict(line)) + "\n" for line in lines)
 
     def abandon(self) -> None:
-        """Take away what a run that never made a checkpoint has left, so that nothing looks like a result."""
+        """Take away what a run that never made a checkpoint has left, and put the earlier run back."""
         if self.made:
             shutil.rmtree(self.path, ignore_errors=True)
-        elif not self.adapter.exists():
-            for path in (self.metrics, self.config):
-                path.unlink(missing_ok=True)
+            return
+        for path in (self.metrics, self.config):
+            path.unlink(missing_ok=True)
+        self._put_back()
+
+    def settle(self) -> None:
+        """Let go of the earlier run: this one has something of its own to show."""
+        shutil.rmtree(self._earlier, ignore_errors=True)
+
+    @property
+    def _earlier(self) -> Path:
+        return self.path / ".earlier-run"
+
+    def _own_checkpoints(self) -> list[Path]:
+        # By name: the folder may be somebody's store of base models, also called checkpoints.
+        found = self.checkpoints.glob("step-*.safetensors") if self.checkpoints.is_dir() else []
+        return [path for path in found if path.stem[5:].isdigit() and len(path.stem) >= 11]
+
+    def _set_aside(self) -> None:
+        present = [path for path in (self.config, self.metrics) if path.exists()] + self._own_checkpoints()
+        for path in present:
+            target = self._earlier / path.relative_to(self.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+
+    def _put_back(self) -> None:
+        if not self._earlier.is_dir() or self._own_checkpoints():
+            self.settle()
+            return
+        for path in [path for path in self._earlier.rglob("*") if path.is_file()]:
+            target = self.path / path.relative_to(self._earlier)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+        self.settle()
+
+    def _is_run(self) -> bool:
+        """Whether a run of ours made the folder's content, so that --overwrite may replace it."""
+        try:
+            text = self.config.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError):
+            return self._earlier.is_dir()
+        return "instance_data_dir" in text
 
     def _outputs(self) -> list[Path]:
         sidecars = [self.adapter.with_suffix(end) for end in (".json", ".png")]

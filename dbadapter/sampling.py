@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ __all__ = [
 
 GENERATOR = "dbadapter"  # written into every PNG, so that we only ever remove pictures of our own
 GRID_NAME = "grid.png"
+MOST_IMAGES = 1000  # of one prompt: all pictures stay in memory until the last is drawn
 _NUMBERED = re.compile(r"\d{4,}\.png")
 
 # A1111's names of diffusers' samplers, so that its "PNG info" tab and its kin recognise them.
@@ -190,7 +192,8 @@ def check_pictures_folder(folder: str | Path, overwrite: bool = False) -> None:
     """Pass if pictures may be written into the folder; ask before hours of work, not after.
 
     Raises:
-        OutputError: it is a file, or it holds pictures already and `overwrite` is not given.
+        OutputError: it is a file, it cannot be written into, or it holds pictures already and `overwrite`
+            is not given.
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
@@ -202,6 +205,15 @@ def check_pictures_folder(folder: str | Path, overwrite: bool = False) -> None:
                 f"{folder} holds pictures already ({present[0]}, {len(present)} in all); "
                 "pass --overwrite or another --output-dir"
             )
+    whole = folder.absolute()
+    present = next(path for path in (whole, *whole.parents) if path.exists())
+    try:
+        # A real file, gone at once: access bits say nothing about read-only disks, nor to root.
+        tempfile.TemporaryFile(dir=present).close()
+    except OSError as error:
+        raise OutputError(
+            f"pictures cannot be written into {folder}: {error.strerror}; pass another --output-dir"
+        ) from None
 
 
 def save_pictures(pictures: Sequence[Picture], folder: str | Path, overwrite: bool = False) -> list[Path]:
@@ -248,6 +260,8 @@ def _check_request(
     faults = [] if prompts else ["at least one prompt is needed"]
     least = {"num_images_per_prompt": num_images_per_prompt, "batch_size": batch_size}
     faults += [f"{name} must be at least 1, got {value}" for name, value in least.items() if value < 1]
+    if num_images_per_prompt > MOST_IMAGES:
+        faults.append(f"num_images_per_prompt must be at most {MOST_IMAGES}, got {num_images_per_prompt}")
     most_steps = int(pipeline.scheduler.config.num_train_timesteps)
     if not 1 <= num_inference_steps <= most_steps:
         faults.append(f"num_inference_steps must be from 1 to {most_steps}, got {num_inference_steps}")

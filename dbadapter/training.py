@@ -273,7 +273,10 @@ def _learn(
     except BaseException:
         if checkpoint.newest(folder.checkpoints) is None:
             folder.abandon()
+        else:
+            folder.settle()
         raise
+    folder.settle()
     made = Made(
         config=config,
         base_name=base.name,
@@ -304,7 +307,8 @@ def _resumed(config: TrainConfig, folder: RunFolder, identity: Mapping[str, Any]
         return None
     snapshot = checkpoint.read(path)
     checkpoint.check_same_run(snapshot, identity)
-    if snapshot.step >= int(config.max_train_steps or 0):
+    # A run that was stopped between its last step and its file is finished by --resume.
+    if snapshot.step >= int(config.max_train_steps or 0) and folder.adapter.exists():
         raise UsageError(
             f"{folder.path} has {snapshot.step} steps already; to go on pass --max-train-steps above that"
         )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dbadapter import lora
-from dbadapter.adapter import Adapter, adaptable_layers, check_fits
+from dbadapter.adapter import Adapter, adaptable_layers
 from dbadapter.base import Base
 from dbadapter.errors import ExportError, OutputError, UsageError
 from dbadapter.export import parity
@@ -84,7 +84,8 @@ def export_onnx(
     _check_output(output_dir, overwrite)
     _check_space(output_dir, _expected_bytes(base, dtype))
     prompt = prompt or next(map(_trigger, loaded), None) or "a photo"
-    temporary = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
+    place = output_dir.resolve()  # "." has no name of its own
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         with _quiet(), _on_cpu(base):
@@ -92,7 +93,7 @@ def export_onnx(
         report = _described(base, adapters, dtype, report)
         report["seconds"] = round(time.perf_counter() - started, 1)
         _write_json(temporary / REPORT_NAME, report)
-        _publish(temporary, output_dir)
+        _publish(temporary, place)
     except OSError as error:
         raise OutputError(f"{output_dir} cannot be written: {error}; pass another --output-dir") from error
     finally:
@@ -253,7 +254,7 @@ def _load(base: Base, adapters: Mapping[str | os.PathLike[str] | Adapter, float]
         if weight != 0
     }
     for adapter in loaded:
-        check_fits(adapter, base.unet, base.text_encoder, base_family=base.family)
+        lora.check_fits_pipeline(adapter, base.pipeline)
     return loaded
 
 
@@ -329,9 +330,15 @@ def _expected_bytes(base: Base, dtype: str) -> int:
 def _publish(temporary: Path, folder: Path) -> None:
     """Rename the finished folder into place; the one it replaces goes away last."""
     old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    if folder.exists():
+    replaced = folder.exists()
+    if replaced:
         folder.rename(old)
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except BaseException:
+        if replaced:
+            old.rename(folder)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from dbadapter.base import (
     Base,
@@ -88,6 +89,7 @@ def test_loading_says_nothing(tiny_base_folder: Path, capfd: pytest.CaptureFixtu
         ("no-such-base", "no such folder; pass toybox or a diffusers folder"),
         ("someone/some-model", "hf download someone/some-model"),
         ("./a/b", "no such folder"),
+        ("~nosuchuser/x", "pass toybox or a diffusers folder"),
     ],
 )
 def test_spec_that_names_nothing(spec: str, message: str) -> None:
@@ -108,6 +110,11 @@ def set_key(key: str, value: object) -> Callable[[dict[str, Any]], object]:
     return lambda content: content.update({key: value})
 
 
+def null_text_config(content: dict[str, Any]) -> None:
+    del content["hidden_size"]
+    content["text_config"] = None
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
@@ -116,6 +123,9 @@ def set_key(key: str, value: object) -> Callable[[dict[str, Any]], object]:
         ("model_index.json", set_key("text_encoder", ["transformers", "T5EncoderModel"]), "T5EncoderModel"),
         ("model_index.json", set_key("vae", [None, None]), "part vae is missing"),
         ("model_index.json", lambda content: content.pop("scheduler"), "part scheduler is missing"),
+        ("model_index.json", set_key("vae", []), "part vae is missing"),
+        ("text_encoder/config.json", null_text_config, "no hidden_size"),
+        ("unet/config.json", set_key("in_channels", [4]), "not a plain text-to-image UNet"),
         ("unet/config.json", set_key("in_channels", 9), "inpainting"),
         ("unet/config.json", set_key("in_channels", 8), "InstructPix2Pix"),
         ("unet/config.json", set_key("cross_attention_dim", 1024), "SD2"),
@@ -140,6 +150,28 @@ def test_missing_weights_and_pickles_are_refused(folder: Path) -> None:
     weights.with_suffix(".bin").write_bytes(b"pickle")
     with pytest.raises(BaseError, match="a pickle"):
         load_base(str(folder))
+
+
+@pytest.mark.parametrize(
+    "file", ["unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+)
+def test_incomplete_weights_are_never_random(folder: Path, file: str) -> None:
+    """The libraries would only log it, and draw the missing layers at random."""
+    weights = load_file(folder / file)
+    save_file({name: weights[name] for name in sorted(weights)[::2]}, folder / file, {"format": "pt"})
+    part = file.split("/")[0]
+    with pytest.raises(BaseError, match=rf"weights of {part} are incomplete: \d+ are missing, first \w+\."):
+        load_base(str(folder), device="cpu")
+
+
+def test_text_encoder_in_the_naming_of_transformers_4(folder: Path) -> None:
+    """Published SD1.x files have `text_model.` and position ids, which transformers 5 knows no more."""
+    path = folder / "text_encoder/model.safetensors"
+    weights = {name.removeprefix("text_model."): value for name, value in load_file(path).items()}
+    old = {f"text_model.{name}": value for name, value in weights.items()}
+    old["text_model.embeddings.position_ids"] = torch.arange(32)[None]
+    save_file(old, path, {"format": "pt"})
+    assert load_base(str(folder), device="cpu").family == "sd1"
 
 
 def test_broken_files_are_named_on_one_line(folder: Path) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from dbadapter.cli import main
 from dbadapter.cli.options import parse_adapters
-from dbadapter.errors import UsageError
+from dbadapter.errors import OutputError, UsageError
 
 COMMANDS = dict(main.commands)
 
@@ -121,6 +121,10 @@ def test_no_command_shows_help() -> None:
         (["generate", "--prompt", "a", "--adapter", "x=big", "--output-dir", "b"], ["a number, got 'big'"]),
         (["generate", "--prompt", "a", "--adapter", "x=nan", "--output-dir", "b"], ["finite, got nan"]),
         (["export", "--dtype", "int8", "--output-dir", "b"], ["'int8'", "float32"]),
+        (
+            ["generate", "--prompt", "a", "--onnx", "x", "--prediction-type", "epsilon", "--output-dir", "b"],
+            ["leave out"],
+        ),
         (["tokens", "--count", "0"], ["--count", "0"]),
     ],
 )
@@ -393,7 +397,7 @@ def _raises(error: BaseException) -> Callable[..., Any]:
     [
         (KeyboardInterrupt(), 130, "Aborted: interrupted from the keyboard\n"),
         (OSError(28, "No space left on device", "x.bin"), 1, "Error: the system refused: No space left"),
-        (MemoryError(), 1, "Error: out of memory: lower --train-batch-size"),
+        (MemoryError(), 1, "Error: out of memory: close other programs"),
         (UsageError("two\nlines"), 2, "Error: two lines\n"),
     ],
 )
@@ -405,6 +409,98 @@ def test_what_comes_from_outside(
     assert result.stderr.startswith(line)
     assert result.stderr.count("\n") == 1
     assert result.exit_code == code
+
+
+def test_out_of_memory_names_what_the_command_can_lower(
+    monkeypatch: pytest.MonkeyPatch, train_words: list[str | Path], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("dbadapter.base.load_base", _raises(MemoryError()))
+    assert_refused(run(*train_words, "--dry-run"), 1, "out of memory", "--train-batch-size")
+    words = ["generate", "--prompt", "a", "--output-dir", tmp_path / "pictures"]
+    assert_refused(run(*words), 1, "out of memory", "--num-images-per-prompt")
+
+
+@pytest.mark.parametrize("option", ["--output-dir", "--instance-data-dir"])
+def test_empty_paths_are_not_the_current_folder(train_words: list[str | Path], option: str) -> None:
+    assert_refused(run(*train_words, option, ""), 2, option, "must not be empty")
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_an_error_without_base_is_one_line(photographs: Path, tmp_path: Path, missing: bool) -> None:
+    if missing:
+        _missing(photographs)
+    else:
+        _cut_off(photographs)
+    words = ["train", "--class-noun", "dog", "--output-dir", tmp_path / "out"]
+    result = run(*words, "--instance-data-dir", photographs)
+    assert result.exit_code == 1
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("Error: ")
+
+
+def test_the_toybox_warning_comes_once_before_training(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(config: Any, progress: Callable[[str, int, int], None]) -> None:
+        progress("class pictures", 0, 2)
+        progress("train", 0, 2)
+        raise OutputError("enough")
+
+    monkeypatch.setattr("dbadapter.training.train", stop)
+    words = ["train", "--class-noun", "dog", "--output-dir", tmp_path / "out"]
+    result = run(*words, "--instance-data-dir", photographs)
+    assert [line[:19] for line in result.stderr.splitlines()] == ["Warning: no --base ", "Error: enough"]
+
+
+def test_prediction_type_of_the_adapter(tmp_path: Path, tiny_base_folder: Path) -> None:
+    import torch
+
+    from dbadapter.adapter import Adapter, LoraWeights
+    from dbadapter.adapter_file import write_adapter
+
+    module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weights = LoraWeights(lora_A=torch.zeros(2, 32), lora_B=torch.zeros(32, 2), alpha=2.0)
+    path = tmp_path / "dog.safetensors"
+    write_adapter(path, Adapter("sd1", {module: weights}, {"modelspec.prediction_type": "v"}))
+    for command in (["generate", "--prompt", "a"], ["export"]):
+        words = [*command, "--base", tiny_base_folder, "--adapter", path, "--output-dir", tmp_path / "out"]
+        assert_refused(run(*words), 1, "this base says epsilon", "--prediction-type v_prediction")
+    words = ["generate", "--prompt", "a", "--base", tiny_base_folder, "--adapter", path]
+    words += ["--output-dir", tmp_path / "out", "--num-inference-steps", "1"]
+    result = run(*words, "--prediction-type", "v_prediction")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_export_into_an_empty_folder_is_the_librarys_to_refuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def load(spec: str, prediction_type: str | None = None) -> str:
+        asked.append(prediction_type)
+        return spec
+
+    monkeypatch.setattr("dbadapter.base.load_base", load)
+    monkeypatch.setattr("dbadapter.export.export_onnx", lambda *args, **settings: {})
+    out = tmp_path / "an empty one"
+    out.mkdir()
+    result = run("export", "--output-dir", out, "--prediction-type", "v_prediction")
+    assert result.exit_code == 0, result.stderr
+    assert asked == ["v_prediction"]
+    assert f"--onnx '{out}' --prompt" in result.stdout
+
+
+def test_a_folder_is_no_earlier_demo_because_of_a_files_name(tmp_path: Path) -> None:
+    from dbadapter import demo
+
+    for content in ("{}", "[1]", "no JSON", '{"finished": true}'):
+        (tmp_path / "summary.json").write_text(content)
+        (tmp_path / "demo.png").write_bytes(b"mine")
+        assert_refused(run("demo", "--output-dir", tmp_path), 1, "holds no earlier demo")
+        assert (tmp_path / "summary.json").read_text() == content
+        assert (tmp_path / "demo.png").read_bytes() == b"mine"
+    demo._prepare(tmp_path / "new", overwrite=True)
+    demo._prepare(tmp_path / "new", overwrite=True)  # marked as ours from the start
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

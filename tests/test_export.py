@@ -178,6 +178,30 @@ def test_a_finished_export_replaces_an_older_one(
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
 
 
+def test_the_older_export_comes_back_where_the_new_one_cannot_take_its_place(tmp_path: Path) -> None:
+    old = tmp_path / "onnx"
+    old.mkdir()
+    (old / "kept").write_text("")
+    with pytest.raises(OSError, match="absent"):
+        to_onnx._publish(tmp_path / "absent", old)
+    assert (old / "kept").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+
+
+def test_the_current_folder_has_a_name_too(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "onnx"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(to_onnx, "_convert", lambda graph, inputs, path: path.parent.mkdir(parents=True))
+    components: dict[str, Any] = {name: {} for name in component_graphs(base)}
+    monkeypatch.setattr(parity, "check", lambda *args, **settings: {"components": components, "picture": {}})
+    export_onnx(base, {}, ".")
+    assert (folder / to_onnx.REPORT_NAME).is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+
+
 def test_the_adapters_trigger_is_the_compared_prompt() -> None:
     layer = LoraWeights(torch.zeros(1, 2), torch.zeros(2, 1), 1.0)
     adapter = Adapter("toybox", {"unet.x": layer}, {"modelspec.trigger_phrase": "sks mug"})

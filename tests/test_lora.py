@@ -389,6 +389,20 @@ def test_check_fits_by_family(pipeline: Any) -> None:
         check_fits(adapter, pipeline.unet, None)
 
 
+def test_apply_and_export_decide_alike(pipeline: Any) -> None:
+    adapter = trained_adapter(pipeline)
+    adapter.family = "sdxl"
+    for use in (lambda: lora.apply(pipeline, {adapter: 1.0}), lambda: lora.merge_into(pipeline, adapter)):
+        with pytest.raises(AdapterError, match="for a base of family sdxl, this base is sd1"):
+            use()
+    adapter.family = "toybox"
+    adapter.metadata["modelspec.prediction_type"] = "v"
+    with pytest.raises(AdapterError, match=r"predicts v_prediction, .*--prediction-type v_prediction"):
+        lora.apply(pipeline, {adapter: 1.0})
+    adapter.metadata["modelspec.prediction_type"] = "epsilon"
+    lora.apply(pipeline, {adapter: 1.0})
+
+
 def test_a_pipeline_without_torch_models_is_refused(pipeline: Any) -> None:
     adapter = trained_adapter(pipeline)
     with pytest.raises(AdapterError, match="no UNet of torch"):

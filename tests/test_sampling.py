@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
+from dbadapter import sampling
 from dbadapter.base import Base
 from dbadapter.errors import BaseError, DataError, OutputError, UsageError
 from dbadapter.grid import SMALLEST_CELL, grid, wrap_words
@@ -72,6 +73,7 @@ def test_size_progress_and_the_pipelines_own_bar(tiny_base: Base) -> None:
     ("settings", "words"),
     [
         ({"num_images_per_prompt": 0}, "num_images_per_prompt must be at least 1, got 0"),
+        ({"num_images_per_prompt": 10**9}, "num_images_per_prompt must be at most 1000, got 1000000000"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"num_inference_steps": 0}, "num_inference_steps must be from 1 to 1000, got 0"),
         ({"num_inference_steps": 1001}, "got 1001"),
@@ -165,6 +167,23 @@ def test_pictures_are_refused_where_others_lie(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is a file"):
         check_pictures_folder(file)
     check_pictures_folder(tmp_path / "not there yet")
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(OutputError, match="cannot be written"):
+        check_pictures_folder(file / "below")
+
+    def refuse(dir: Path) -> None:
+        raise OSError(30, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(sampling.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(OutputError, match="Read-only file system; pass another"):
+        check_pictures_folder(tmp_path / "not there yet")
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_grids_enlarge_small_pictures_and_hold_their_words() -> None:

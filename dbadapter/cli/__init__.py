@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,10 +10,18 @@ import click
 
 from dbadapter import __version__
 from dbadapter.cli.group import Group, progress_bars
-from dbadapter.cli.options import BASE_HELP, adapter_option, output_option, overwrite_option, parse_adapters
+from dbadapter.cli.options import (
+    BASE_HELP,
+    FilePath,
+    adapter_option,
+    output_option,
+    overwrite_option,
+    parse_adapters,
+    prediction_option,
+)
 from dbadapter.cli.train import train
 from dbadapter.config import TrainConfig
-from dbadapter.errors import OutputError, UsageError
+from dbadapter.errors import UsageError
 
 if TYPE_CHECKING:
     from dbadapter.base import Base
@@ -43,7 +52,8 @@ def _load(spec: str, **options: Any) -> Base:
 
 @main.command()
 @click.option("--base", metavar="BASE", help=f"{BASE_HELP}  [default: toybox]")
-@click.option("--onnx", type=click.Path(path_type=Path), metavar="FOLDER", help="An exported folder instead.")
+@prediction_option
+@click.option("--onnx", type=FilePath(), metavar="FOLDER", help="An exported folder instead.")
 @adapter_option
 @click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT",
               help="May be given several times.")  # fmt: skip
@@ -60,6 +70,7 @@ def _load(spec: str, **options: Any) -> Base:
 @overwrite_option
 def generate(
     base: str | None,
+    prediction_type: str | None,
     onnx: Path | None,
     adapters: tuple[str, ...],
     output_dir: Path,
@@ -77,8 +88,10 @@ def generate(
           --prompt "a photo of sks dog on the beach" --output-dir pictures
     """
     weights = parse_adapters(adapters)
-    if onnx is not None and (base is not None or weights):
-        raise UsageError("--onnx FOLDER holds base and adapters already: leave out --base and --adapter")
+    if onnx is not None and (base is not None or weights or prediction_type is not None):
+        raise UsageError(
+            "--onnx FOLDER holds base and adapters already: leave out --base, --prediction-type and --adapter"
+        )
     from dbadapter.sampling import check_pictures_folder, generate_pictures, lora_tags, save_pictures
 
     check_pictures_folder(output_dir, overwrite)
@@ -88,7 +101,7 @@ def generate(
 
             pipeline = load_onnx_pipeline(onnx)
         else:
-            pipeline = _load(base or TrainConfig.base).pipeline
+            pipeline = _load(base or TrainConfig.base, prediction_type=prediction_type).pipeline
         if weights:
             from dbadapter.lora import apply
 
@@ -107,13 +120,20 @@ def generate(
 @main.command()
 @click.option("--onnx", is_flag=True, default=True, help="The format; the only one so far.")
 @click.option("--base", default=TrainConfig.base, show_default=True, metavar="BASE", help=BASE_HELP)
+@prediction_option
 @adapter_option
 @click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
               help="Of the exported weights.")  # fmt: skip
 @output_option
 @overwrite_option
 def export(
-    onnx: bool, base: str, adapters: tuple[str, ...], dtype: str, output_dir: Path, overwrite: bool
+    onnx: bool,
+    base: str,
+    prediction_type: str | None,
+    adapters: tuple[str, ...],
+    dtype: str,
+    output_dir: Path,
+    overwrite: bool,
 ) -> None:
     """Export base and adapters, merged, to ONNX.
 
@@ -124,13 +144,11 @@ def export(
       dbadapter export --onnx --adapter my-dog/my-dog.safetensors --output-dir my-dog-onnx
     """
     weights = parse_adapters(adapters)
-    if output_dir.exists() and not overwrite:
-        raise OutputError(f"{output_dir} exists already: pass --overwrite or another --output-dir")
     from dbadapter.export import export_onnx
 
     with progress_bars() as progress:
         export_onnx(
-            _load(base),
+            _load(base, prediction_type=prediction_type),
             weights,
             output_dir,
             dtype=dtype,
@@ -140,7 +158,8 @@ def export(
     click.echo(
         f"Exported to {output_dir}; the comparison with torch is in {output_dir / 'export_report.json'}"
     )
-    click.echo(f'Try it: dbadapter generate --onnx {output_dir} --prompt "..." --output-dir pictures')
+    folder = shlex.quote(str(output_dir))
+    click.echo(f'Try it: dbadapter generate --onnx {folder} --prompt "..." --output-dir pictures')
 
 
 @main.command()
@@ -165,7 +184,7 @@ def tokens(base: str, count: int, class_noun: str) -> None:
 
 
 @main.command()
-@click.option("--output-dir", default="dbadapter-demo", show_default=True, type=click.Path(path_type=Path),
+@click.option("--output-dir", default="dbadapter-demo", show_default=True, type=FilePath(),
               metavar="OUT", help="Replaced where it holds an earlier demo.")  # fmt: skip
 @click.option("--quick", is_flag=True, help="A few steps only, to see that everything works.")
 def demo(output_dir: Path, quick: bool) -> None:

@@ -66,7 +66,14 @@ class Group(click.Group):
         except (MemoryError, RuntimeError) as error:
             if not _is_out_of_memory(error):
                 raise
-            _fail("out of memory: lower --train-batch-size or --resolution, or add --gradient-checkpointing")
+            _fail(f"out of memory: {_MEMORY_CURES.get(str(ctx.invoked_subcommand), _MEMORY_CURE)}")
+
+
+_MEMORY_CURE = "close other programs, or use a machine with more memory"
+_MEMORY_CURES = {
+    "train": "lower --train-batch-size or --resolution, or add --gradient-checkpointing",
+    "generate": "give fewer prompts or a lower --num-images-per-prompt at a time, or close other programs",
+}
 
 
 def _fail(message: str, code: int = 1) -> NoReturn:

@@ -14,10 +14,12 @@ from dbadapter.errors import UsageError
 
 __all__ = [
     "BASE_HELP",
+    "FilePath",
     "adapter_option",
     "output_option",
     "overwrite_option",
     "parse_adapters",
+    "prediction_option",
     "train_options",
 ]
 
@@ -35,13 +37,30 @@ def join_options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
+class FilePath(click.ParamType):
+    """A path; an empty one is refused, because it would be the current folder."""
+
+    name = "path"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path."""
+        if not str(value):
+            self.fail("must not be empty", param, ctx)
+        return Path(value)
+
+
 BASE_HELP = "toybox (embedded, 64 pixels) or a folder in diffusers' layout built like Stable Diffusion 1.x."
 output_option = click.option(
     "--output-dir",
     required=True,
-    type=click.Path(path_type=Path),
+    type=FilePath(),
     metavar="OUT",
     help="Folder for what is written.",
+)
+prediction_option = click.option(
+    "--prediction-type",
+    type=click.Choice(PREDICTION_TYPES),
+    help="What the base predicts, as it was trained with.  [default: what its scheduler says]",
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 adapter_option = click.option(
@@ -73,10 +92,10 @@ def parse_adapters(values: tuple[str, ...]) -> dict[Any, float]:
 
 
 train_options = join_options(
-    click.option("--instance-data-dir", type=click.Path(path_type=Path), metavar="DIR",
+    click.option("--instance-data-dir", type=FilePath(), metavar="DIR",
                  help="Folder of the subject's photographs; 3 to 6 are enough.  [required]"),
     click.option("--class-noun", metavar="NOUN", help="What the subject is, e.g. dog.  [required]"),
-    click.option("--output-dir", type=click.Path(path_type=Path), metavar="OUT",
+    click.option("--output-dir", type=FilePath(), metavar="OUT",
                  help="Folder for the adapter and all that belongs to it.  [required]"),
     click.option("--name", help="Stem of the adapter's file name.  [default: OUT's name]"),
     click.option("--overwrite", is_flag=True, default=None, help="Replace what is in OUT."),
@@ -93,7 +112,7 @@ train_options = join_options(
                  help="What keeps the class as it is: the base itself as a teacher (distill), its pictures "
                  f"(generated), or nothing.  [default: {TrainConfig.prior}]"),
     click.option("--prior-loss-weight", type=float, metavar="X", help="Weight of the prior term.  [preset]"),
-    click.option("--class-data-dir", type=click.Path(path_type=Path), metavar="DIR",
+    click.option("--class-data-dir", type=FilePath(), metavar="DIR",
                  help="Class pictures to use instead of sampled ones."),
     click.option("--num-class-images", type=int, metavar="N",
                  help="How many to sample from the base.  [preset]"),
@@ -134,7 +153,7 @@ train_options = join_options(
                  help="Steps between two sample grids.  [default: one at the end]"),
     click.option("--random-flip", is_flag=True, default=None,
                  help="Mirror half of the photographs; not for subjects with a left and a right."),
-    click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE.toml",
+    click.option("--config", "config_file", type=FilePath(), metavar="FILE.toml",
                  help="Take what is not given here from a file such as an earlier OUT/config.toml."),
     click.option("--dry-run", is_flag=True,
                  help="Check everything and print the configuration; no training."),

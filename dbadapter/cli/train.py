@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -36,21 +37,33 @@ def train(config_file: Path | None, dry_run: bool, **flags: Any) -> None:
     """
     config = _train_config(config_file, flags)
     config.validate()
-    if "base" not in _given(config_file, flags) and not _is_example(config.instance_data_dir):
-        warn(TOYBOX_WARNING)
+    warned = "base" in _given(config_file, flags) or _is_example(config.instance_data_dir)
     if dry_run:
-        click.echo(_dry_run(config), nl=False)
+        printed = _dry_run(config)
+        if not warned:
+            warn(TOYBOX_WARNING)
+        click.echo(printed, nl=False)
         return
     from dbadapter.training import train as run
 
     with progress_bars() as progress:
-        result = run(config, progress=progress)
+
+        def report(stage: str, done: int, total: int) -> None:
+            nonlocal warned
+            if not warned:  # the first report comes when all checks are through: an error stands alone
+                warn(TOYBOX_WARNING)
+                warned = True
+            progress(stage, done, total)
+
+        result = run(config, progress=report)
     word, noun = result.config.identifier, result.config.class_noun
-    base = "" if result.config.base == TrainConfig.base else f" --base {result.config.base}"
+    base = "" if result.config.base == TrainConfig.base else f" --base {shlex.quote(result.config.base)}"
+    if result.config.prediction_type is not None:
+        base += f" --prediction-type {result.config.prediction_type}"
     click.echo(f"{result.steps} steps in {result.seconds:.0f} s, {result.peak_memory_mb:.0f} MB at the peak")
     click.echo(f"Adapter: {result.adapter_path}")
     click.echo(
-        f"Try it: dbadapter generate{base} --adapter {result.adapter_path} "
+        f"Try it: dbadapter generate{base} --adapter {shlex.quote(str(result.adapter_path))} "
         f'--prompt "a photo of {word} {noun} on the beach" --output-dir pictures'
     )
 

@@ -67,13 +67,13 @@ def _network(outputs: int) -> nn.Module:
         ]
 
     return nn.Sequential(
-        *stage(3, 24),
-        *stage(24, 64),
-        *stage(64, 128),
+        *stage(3, 16),
+        *stage(16, 48),
+        *stage(48, 96),
         nn.AdaptiveAvgPool2d(4),
         nn.Flatten(),
         nn.Dropout(0.1),
-        nn.Linear(128 * 16, outputs),
+        nn.Linear(96 * 16, outputs),
     )
 
 
@@ -177,8 +177,8 @@ def judges(cache: Path | None = None, *, quick: bool = False) -> Judges:
         encoder.load_state_dict(state["encoder"])
         return Judges(classifier, encoder, state["accuracy"])
     size = 1 if quick else 10
-    classifier, accuracy = _train_classifier(1600 * size, 160 * size)
-    encoder, accuracy["instance"] = _train_encoder(768 * size, 150 * size)
+    classifier, accuracy = _train_classifier(1000 * size, 90 * size)
+    encoder, accuracy["instance"] = _train_encoder(384 * size, 45 * size)
     if cache is not None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         state = {"classifier": classifier.state_dict(), "encoder": encoder.state_dict(), "accuracy": accuracy}

@@ -1,0 +1,79 @@
+"""The output folder: what --overwrite may replace, and what a run that ends early gives back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dbadapter.errors import OutputError
+from dbadapter.run_folder import RunFolder
+
+CONFIG = 'instance_data_dir = "photos"\n'
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> RunFolder:
+    """A finished run: adapter, metrics, configuration, one checkpoint."""
+    run = RunFolder(tmp_path / "out", "subject")
+    run.start(CONFIG + "seed = 1\n", resumed_step=0)
+    run.append_metrics([{"step": 1}, {"step": 2}])
+    run.checkpoints.mkdir()
+    (run.checkpoints / "step-000002.safetensors").write_bytes(b"earlier")
+    run.adapter.write_bytes(b"adapter")
+    run.settle()
+    return RunFolder(run.path, run.name)
+
+
+def test_a_folder_of_somebody_else_is_never_replaced(tmp_path: Path, photographs: Path) -> None:
+    out = tmp_path / "models"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "checkpoints" / "sd15.safetensors").write_bytes(b"a base")
+    with pytest.raises(OutputError, match="no run of dbadapter"):
+        RunFolder(out, "subject").check(photographs, overwrite=True, resume=False)
+    RunFolder(out, "subject").start(CONFIG, resumed_step=0)
+    assert (out / "checkpoints" / "sd15.safetensors").read_bytes() == b"a base"
+
+
+def test_overwriting_is_for_runs_of_ours(earlier: RunFolder, photographs: Path) -> None:
+    with pytest.raises(OutputError, match="--overwrite"):
+        earlier.check(photographs, overwrite=False, resume=False)
+    earlier.check(photographs, overwrite=True, resume=False)
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_gives_the_earlier_one_back(earlier: RunFolder) -> None:
+    before = {path.relative_to(earlier.path): path.read_bytes() for path in earlier.path.rglob("*.*")}
+    earlier.start(CONFIG + "seed = 2\n", resumed_step=0)
+    assert not list(earlier.checkpoints.glob("*"))
+    assert earlier.metrics.read_text() == ""
+    earlier.abandon()
+    assert {path.relative_to(earlier.path): path.read_bytes() for path in earlier.path.rglob("*.*")} == before
+
+
+def test_a_killed_run_gives_it_back_at_the_next_start(earlier: RunFolder) -> None:
+    earlier.start(CONFIG, resumed_step=0)
+    again = RunFolder(earlier.path, earlier.name)
+    again.start(CONFIG, resumed_step=0)
+    again.abandon()
+    assert (earlier.checkpoints / "step-000002.safetensors").read_bytes() == b"earlier"
+
+
+def test_a_settled_run_lets_the_earlier_one_go(earlier: RunFolder) -> None:
+    earlier.start(CONFIG, resumed_step=0)
+    earlier.settle()
+    assert not [path for path in earlier.path.rglob("*") if b"earlier" in path.name.encode()]
+    assert earlier.adapter.read_bytes() == b"adapter"
+
+
+def test_a_new_folder_is_taken_away_again(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "new", "subject")
+    run.start(CONFIG, resumed_step=0)
+    run.abandon()
+    assert not run.path.exists()
