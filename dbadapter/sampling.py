@@ -206,10 +206,10 @@ def check_pictures_folder(folder: str | Path, overwrite: bool = False) -> None:
                 "pass --overwrite or another --output-dir"
             )
     whole = folder.absolute()
-    present = next(path for path in (whole, *whole.parents) if path.exists())
+    nearest = next(path for path in (whole, *whole.parents) if path.exists())
     try:
         # A real file, gone at once: access bits say nothing about read-only disks, nor to root.
-        tempfile.TemporaryFile(dir=present).close()
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise OutputError(
             f"pictures cannot be written into {folder}: {error.strerror}; pass another --output-dir"

@@ -53,8 +53,8 @@ def prepare_frozen(base: Base, precision: Precision) -> None:
 def use_fast_layers(base: Base, resolution: int) -> None:
     """Choose the quicker of equal ways through the layers; call it after adapters were injected.
 
-    PEFT casts every input to the factors' float32, which autocast undoes at once: 15 % of a step. The
-    backward pass of torch's fused attention on CPUs takes five times as long as that of plain attention.
+    PEFT casts every input to the factors' float32, which autocast undoes at once: 15 % of a step. torch's
+    fused attention is slow on CPUs in its backward pass; plain attention takes a third off the step's.
     """
     from diffusers.models.attention_processor import AttnProcessor
 

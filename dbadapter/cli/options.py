@@ -37,7 +37,7 @@ def join_options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-class FilePath(click.ParamType):
+class FilePath(click.ParamType):  # type: ignore[type-arg]
     """A path; an empty one is refused, because it would be the current folder."""
 
     name = "path"
