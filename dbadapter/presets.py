@@ -50,7 +50,7 @@ _PUBLISHED = Preset(
 
 PRESETS: Mapping[str, Preset] = {
     "toybox": Preset(
-        source="measured on toybox (benchmarks.subject)",
+        source="a trial on toybox: looked at on the example subject, not yet measured by benchmarks.subject",
         targets=("attention", "feed-forward"),
         max_train_steps=400,
         learning_rate=2e-3,
