@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from dbadapter.config import PRECISIONS, PREDICTION_TYPES, PRIORS, TARGETS, TrainConfig
+from dbadapter.config import PRECISIONS, PREDICTION_TYPES, PRIOR_SOURCES, PRIORS, TARGETS, TrainConfig
 from dbadapter.errors import UsageError
 
 __all__ = [
@@ -111,6 +111,9 @@ train_options = join_options(
     click.option("--prior", type=click.Choice(PRIORS),
                  help="What keeps the class as it is: the base itself as a teacher (distill), its pictures "
                  f"(generated), or nothing.  [default: {TrainConfig.prior}]"),
+    click.option("--prior-source", type=click.Choice(PRIOR_SOURCES),
+                 help="Latents that distill compares on: sampled from the base, or those of the instance "
+                 f"pictures.  [default: {TrainConfig.prior_source}]"),
     click.option("--prior-loss-weight", type=float, metavar="X", help="Weight of the prior term.  [preset]"),
     click.option("--class-data-dir", type=FilePath(), metavar="DIR",
                  help="Class pictures to use instead of sampled ones."),
