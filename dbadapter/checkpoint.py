@@ -29,6 +29,7 @@ _IDENTITY = (
     "base",
     "prediction_type",
     "instance_prompt",
+    "photo_tokens",
     "class_prompt",
     "prior",
     "prior_source",

@@ -24,6 +24,7 @@ PRIORS = ("distill", "generated", "none")
 PRIOR_SOURCES = ("sampled", "instance")
 TARGETS = ("attention", "feed-forward", "proj", "conv")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+LR_SCHEDULERS = ("constant", "linear", "cosine")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 # How to run, not what to train: kept out of config.toml, so that repeating a run from its own file
@@ -45,6 +46,7 @@ class TrainConfig:
         prediction_type: "epsilon" or "v_prediction"; None is what the base's scheduler says.
         identifier: the word for the subject; "auto" picks a rare token of the base's tokenizer.
         instance_prompt: may hold `{identifier}` and `{class_noun}`.
+        photo_tokens: end each photograph's prompt in a rare token of its own, which takes the background.
         class_prompt: the same prompt without the identifier; may hold `{class_noun}`.
         prior: "distill" (the base itself is the teacher), "generated" (pictures made ahead) or "none".
         prior_source: latents that `distill` compares on: "sampled" from the base, or "instance".
@@ -59,6 +61,7 @@ class TrainConfig:
         max_train_steps: optimizer steps.
         learning_rate: for the UNet's adapter.
         text_encoder_learning_rate: for the text encoder's adapter.
+        lr_scheduler: how both rates go on from there: "constant", or "linear" or "cosine" down to 0.
         train_batch_size: instance pictures a forward pass; as many class pictures come with them.
         gradient_accumulation_steps: forward passes an optimizer step.
         resolution: pixels a side.
@@ -82,6 +85,7 @@ class TrainConfig:
     prediction_type: str | None = None
     identifier: str = "auto"
     instance_prompt: str | None = None
+    photo_tokens: bool | None = None
     class_prompt: str | None = None
     prior: str = "distill"
     prior_source: str = "sampled"
@@ -96,6 +100,7 @@ class TrainConfig:
     max_train_steps: int | None = None
     learning_rate: float | None = None
     text_encoder_learning_rate: float | None = None
+    lr_scheduler: str | None = None
     train_batch_size: int | None = None
     gradient_accumulation_steps: int = 1
     resolution: int | None = None
@@ -154,6 +159,7 @@ class TrainConfig:
             name=_or(self.name, self.output_dir.resolve().name),
             identifier=word or "auto",
             instance_prompt=fill(_or(self.instance_prompt, "a photo of {identifier} {class_noun}")),
+            photo_tokens=_or(self.photo_tokens, preset.photo_tokens),
             class_prompt=fill(_or(self.class_prompt, f"a photo of {indefinite(self.class_noun)}")),
             prior_loss_weight=_or(self.prior_loss_weight, preset.prior_loss_weight),
             num_class_images=_or(self.num_class_images, preset.num_class_images),
@@ -165,6 +171,7 @@ class TrainConfig:
             text_encoder_learning_rate=_or(
                 self.text_encoder_learning_rate, preset.text_encoder_learning_rate
             ),
+            lr_scheduler=_or(self.lr_scheduler, preset.lr_scheduler),
             train_batch_size=_or(self.train_batch_size, preset.train_batch_size),
             resolution=_or(self.resolution, _or(preset.resolution, default_resolution)),
             checkpointing_steps=_or(self.checkpointing_steps, preset.checkpointing_steps),
@@ -277,6 +284,7 @@ _POSITIVE = ("alpha", "learning_rate", "text_encoder_learning_rate", "snr_gamma"
 _CHOICES: Mapping[str, tuple[str, ...]] = {
     "prior": PRIORS,
     "prior_source": PRIOR_SOURCES,
+    "lr_scheduler": LR_SCHEDULERS,
     "mixed_precision": PRECISIONS,
     "prediction_type": PREDICTION_TYPES,
 }

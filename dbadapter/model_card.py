@@ -30,6 +30,8 @@ _KEPT = (
     "text_encoder_rank",
     "learning_rate",
     "text_encoder_learning_rate",
+    "lr_scheduler",
+    "photo_tokens",
     "train_batch_size",
     "gradient_accumulation_steps",
     "resolution",

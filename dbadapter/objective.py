@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,16 @@ from torch import Tensor
 
 from dbadapter.errors import ConfigError
 
-__all__ = ["Losses", "add_noise", "dreambooth_loss", "sample_losses", "snr", "snr_weight", "target"]
+__all__ = [
+    "Losses",
+    "add_noise",
+    "dreambooth_loss",
+    "lr_factor",
+    "sample_losses",
+    "snr",
+    "snr_weight",
+    "target",
+]
 
 
 class Losses(NamedTuple):
@@ -118,6 +128,28 @@ def dreambooth_loss(
         return Losses(instance, instance, torch.zeros_like(instance))
     prior = losses[num_instance:].mean()
     return Losses(instance + prior_loss_weight * prior, instance, prior)
+
+
+def lr_factor(lr_scheduler: str, step: int, total: int) -> float:
+    """Return what the learning rate of a step is multiplied with.
+
+        constant: 1        linear: 1 - step / total        cosine: (1 + cos(pi step / total)) / 2
+
+    A function of the step alone, so that a resumed run, or one that is lengthened, needs no state.
+
+    Args:
+        step: counted from 0.
+        total: steps of the whole run.
+    Raises:
+        ConfigError: another schedule.
+    """
+    if lr_scheduler == "constant":
+        return 1.0
+    if lr_scheduler == "linear":
+        return 1 - step / total
+    if lr_scheduler == "cosine":
+        return (1 + math.cos(math.pi * step / total)) / 2
+    raise ConfigError(f"lr_scheduler must be constant, linear or cosine, got {lr_scheduler!r}")
 
 
 def _coefficients(alphas_cumprod: Tensor, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

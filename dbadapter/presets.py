@@ -18,6 +18,8 @@ class Preset:
         max_train_steps: optimizer steps.
         learning_rate: AdamW's, for the UNet's adapter.
         text_encoder_learning_rate: AdamW's, for the text encoder's adapter.
+        lr_scheduler: how the rates go on from there, of `config.LR_SCHEDULERS`.
+        photo_tokens: whether each photograph's prompt ends in a rare token of its own.
         train_batch_size: instance pictures a step; as many class pictures come with them.
         prior_loss_weight: weight of the prior term (lambda in Ruiz et al. 2022, equation 2).
         num_class_images: class pictures (or class latents, with prior `distill`) sampled from the base.
@@ -31,6 +33,8 @@ class Preset:
     learning_rate: float
     text_encoder_learning_rate: float
     train_batch_size: int
+    lr_scheduler: str = "constant"  # as diffusers' LoRA example of DreamBooth
+    photo_tokens: bool = False
     prior_loss_weight: float = 1.0  # Ruiz et al. 2022, section 3.3: lambda = 1
     num_class_images: int = 200
     checkpointing_steps: int = 200
@@ -52,9 +56,11 @@ PRESETS: Mapping[str, Preset] = {
     "toybox": Preset(
         source="a trial on toybox: looked at on the example subject, not yet measured by benchmarks.subject",
         targets=("attention", "feed-forward"),
-        max_train_steps=400,
-        learning_rate=2e-3,
-        text_encoder_learning_rate=2e-3,
+        max_train_steps=300,
+        learning_rate=1e-3,
+        text_encoder_learning_rate=1e-3,
+        lr_scheduler="linear",
+        photo_tokens=True,
         train_batch_size=4,
         num_class_images=80,
         resolution=64,

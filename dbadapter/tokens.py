@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from dbadapter.errors import DataError
 
-__all__ = ["RareToken", "pick_identifier", "rare_tokens"]
+__all__ = ["RareToken", "photo_tokens", "pick_identifier", "rare_tokens"]
 
 WORD_END = "</w>"  # CLIP's BPE marks the last token of a word with it
 
@@ -91,6 +91,20 @@ def pick_identifier(tokenizer: Any, class_noun: str, wish: str = "auto") -> str:
         return wish
     warnings.warn(f"{message}, e.g. {better}", UserWarning, stacklevel=2)
     return wish
+
+
+def photo_tokens(tokenizer: Any, count: int, class_noun: str, identifier: str) -> list[str]:
+    """Return a rare token for each of `count` photographs, none of them the identifier.
+
+    Where a vocabulary has fewer, several photographs share one.
+
+    Raises:
+        DataError: it has none.
+    """
+    names = [token for token, _ in rare_tokens(tokenizer, count + 1, class_noun) if token != identifier]
+    if not names:
+        raise DataError("this base's vocabulary has no rare tokens for photographs; pass --no-photo-tokens")
+    return [names[index % len(names)] for index in range(count)]
 
 
 def _rare_from(vocabulary: dict[str, int]) -> int:

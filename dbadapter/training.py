@@ -17,15 +17,16 @@ from torch import Tensor, nn
 from dbadapter import checkpoint
 from dbadapter.adapter import Adapter
 from dbadapter.adapter_file import verify, write_adapter
-from dbadapter.base import Base, Precision, check_prompt, encode_prompt, load_base, pick_precision, tokenize
+from dbadapter.base import Base, Precision, encode_prompt, load_base, pick_precision, tokenize
 from dbadapter.checkpoint import Snapshot
 from dbadapter.config import TrainConfig
 from dbadapter.data import LatentCache, draw, find_photographs, load_photograph, mirrored, picture_indices
 from dbadapter.errors import TrainingError, UsageError
 from dbadapter.lora import apply, collect, inject
 from dbadapter.model_card import Made, describe, draw_samples, last_losses, model_card
-from dbadapter.objective import add_noise, dreambooth_loss, snr, snr_weight, target
+from dbadapter.objective import add_noise, dreambooth_loss, lr_factor, snr, snr_weight, target
 from dbadapter.prior import Prior, distill_prior, generated_prior, teacher_prediction
+from dbadapter.prompts import instance_prompts, resolve
 from dbadapter.run_folder import RunFolder, write_text
 from dbadapter.sampling import Picture, save_pictures
 from dbadapter.speed import (
@@ -37,7 +38,6 @@ from dbadapter.speed import (
     prepare_frozen,
     use_fast_layers,
 )
-from dbadapter.tokens import pick_identifier
 
 __all__ = ["Run", "TrainResult", "prepare", "train", "train_step"]
 
@@ -86,8 +86,9 @@ class Run:
     alphas_cumprod: Tensor
     instance_cache: LatentCache
     prior: Prior | None
-    prompt_ids: Tensor  # instance prompt, then class prompt if there is a prior; (1 or 2, length)
-    embeddings: Tensor | None  # of these prompts, where the text encoder is not trained
+    prompt_ids: Tensor  # each prompt once, the class prompt last if there is a prior; (prompts, length)
+    prompt_of: Tensor  # row of each picture of the instance cache in prompt_ids; (pictures,), on the CPU
+    embeddings: Tensor | None  # of the prompts, where the text encoder is not trained
     step: int = 0
     history: list[dict[str, float | int | None]] = field(default_factory=list)
 
@@ -104,17 +105,19 @@ def train_step(run: Run, step: int) -> Tensor:
     (Ruiz et al. 2022, equation 2). The prior's target is the prediction of the same model with all adapters
     off (`distill`), or noise or v (`generated`). The result stays on the device: nothing waits for it here.
     """
-    config, device, batch = run.config, run.base.device, int(run.config.train_batch_size or 1)
+    config, batch = run.config, int(run.config.train_batch_size or 1)
     unet, text_encoder, abar = run.base.unet, run.base.text_encoder, run.alphas_cumprod
-    losses_of_step = torch.zeros(3, device=device)
+    losses_of_step = torch.zeros(3, device=run.base.device)
     for micro in range(config.gradient_accumulation_steps):
         # 1. What is noised, and how: instance samples first, prior samples behind, in one batch.
         samples = range(micro * batch, (micro + 1) * batch)
-        x0, noise, timesteps = _drawn(run, "instance", run.instance_cache, step, samples)
+        chosen, x0, noise, timesteps = _drawn(run, "instance", run.instance_cache, step, samples)
+        prompts = run.prompt_of[chosen]
         if run.prior is not None:
-            theirs = _drawn(run, "prior", run.prior.cache, step, samples)
+            _, *theirs = _drawn(run, "prior", run.prior.cache, step, samples)
             ours = (x0, noise, timesteps)
             x0, noise, timesteps = (torch.cat(pair) for pair in zip(ours, theirs, strict=True))
+            prompts = torch.cat([prompts, torch.full((batch,), len(run.prompt_ids) - 1)])
         x_t = add_noise(x0, noise, abar, timesteps)
         wanted = target(run.base.prediction_type, x0, noise, abar, timesteps)
         with run.autocast():
@@ -124,10 +127,12 @@ def train_step(run: Run, step: int) -> Tensor:
                 theirs_pred = teacher_prediction(unet, x_t[batch:], timesteps[batch:], embedding)
                 wanted = torch.cat([wanted[:batch], theirs_pred.to(wanted.dtype)])
             # 3. The model that learns, with the prompts' embeddings by its own text encoder.
-            embeddings = run.embeddings
-            if embeddings is None:
-                embeddings = text_encoder(run.prompt_ids).last_hidden_state
-            model_pred = unet(x_t, timesteps, embeddings.repeat_interleave(batch, dim=0)).sample
+            if run.embeddings is not None:
+                embeddings = run.embeddings[prompts]
+            else:
+                used, places = torch.unique(prompts, return_inverse=True)
+                embeddings = text_encoder(run.prompt_ids[used]).last_hidden_state[places]
+            model_pred = unet(x_t, timesteps, embeddings).sample
         # 4. The loss, both terms weighted per sample.
         weights = None
         if config.snr_gamma is not None:
@@ -136,6 +141,9 @@ def train_step(run: Run, step: int) -> Tensor:
         run.scaler.scale(losses.total / config.gradient_accumulation_steps).backward()
         losses_of_step += torch.stack(losses).detach() / config.gradient_accumulation_steps
     # 5. The update of the float32 factors.
+    factor = lr_factor(str(config.lr_scheduler), step, int(config.max_train_steps or 1))
+    for group in run.optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
     run.scaler.unscale_(run.optimizer)
     norm = nn.utils.clip_grad_norm_(run.parameters, MAX_GRAD_NORM)
     run.scaler.step(run.optimizer)
@@ -202,7 +210,8 @@ def prepare(
     precision = pick_precision(device, config.mixed_precision)
     pictures = [load_photograph(path, resolution) for path in photographs]
     instance_cache = LatentCache.encode(base.vae, mirrored(pictures) if config.random_flip else pictures)
-    prompts = [str(config.instance_prompt)] + [str(config.class_prompt)] * (config.prior != "none")
+    of_pictures = instance_prompts(config, base.tokenizer, len(pictures)) * (1 + config.random_flip)
+    prompts = list(dict.fromkeys(of_pictures)) + [str(config.class_prompt)] * (config.prior != "none")
     prior: Prior | None = None
     with autocast(device, precision):
         if config.prior == "generated":
@@ -230,8 +239,8 @@ def prepare(
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(base)
     groups = [
-        {"params": factors.unet, "lr": config.learning_rate},
-        {"params": factors.text_encoder, "lr": config.text_encoder_learning_rate},
+        {"params": factors.unet, "initial_lr": config.learning_rate},
+        {"params": factors.text_encoder, "initial_lr": config.text_encoder_learning_rate},
     ]
     return Run(
         config=config,
@@ -244,6 +253,7 @@ def prepare(
         instance_cache=instance_cache,
         prior=prior,
         prompt_ids=tokenize(base.tokenizer, prompts).to(device),
+        prompt_of=torch.tensor([prompts.index(prompt) for prompt in of_pictures]),
         embeddings=embeddings,
     )
 
@@ -259,7 +269,8 @@ def _learn(
         find_photographs(config.class_data_dir)
     folder.check(config.instance_data_dir, overwrite=config.overwrite, resume=config.resume)
     base = load_base(config.base, prediction_type=config.prediction_type)
-    config = _resolved(config, base)
+    config = resolve(config, base, len(photographs))
+    pick_precision(base.device, config.mixed_precision)
     identity = checkpoint.run_identity(config, base, len(photographs))
     snapshot = _resumed(config, folder, identity)
     keep_freed_memory(base.device)
@@ -289,16 +300,6 @@ def _learn(
         finished_at=datetime.now(UTC),
     )
     return made, collect(base.unet, base.text_encoder, base.family), folder, base.device
-
-
-def _resolved(config: TrainConfig, base: Base) -> TrainConfig:
-    """Return the configuration with nothing left open, its prompts and precision possible on this base."""
-    identifier = pick_identifier(base.tokenizer, config.class_noun, config.identifier)
-    config = config.resolved(base.family, base.resolution, identifier)
-    for prompt in (config.instance_prompt, config.class_prompt, *config.validation_prompt):
-        check_prompt(base.tokenizer, str(prompt))
-    pick_precision(base.device, config.mixed_precision)
-    return config
 
 
 def _resumed(config: TrainConfig, folder: RunFolder, identity: Mapping[str, Any]) -> Snapshot | None:
@@ -378,14 +379,14 @@ def _log(run: Run, folder: RunFolder, pending: Sequence[tuple[Tensor, float]], g
 
 def _drawn(
     run: Run, stream: str, cache: LatentCache, step: int, samples: range
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return clean latents, noise and timesteps of these samples of a step, on the device."""
+) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    """Return which pictures the samples of a step use, and latents, noise, timesteps on the device."""
     seed, device = run.config.seed, run.base.device
     a_step = int(run.config.train_batch_size or 1) * run.config.gradient_accumulation_steps
     draws = draw(stream, seed, step, samples, cache.mean.shape[1:], len(run.alphas_cumprod))
     chosen = picture_indices(stream, seed, step * a_step + samples.start, len(samples), len(cache))
     x0 = cache.sample(chosen, draws.posterior_noise)
-    return x0, draws.noise.to(device), draws.timesteps.to(device)
+    return chosen, x0, draws.noise.to(device), draws.timesteps.to(device)
 
 
 def _samples(made: Made, folder: RunFolder, device: torch.device, report: Progress) -> list[Picture]:

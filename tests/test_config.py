@@ -80,7 +80,8 @@ def test_resolved_fills_and_stays(family: str, rank: int, prior: str, name: str 
 
 def test_presets_by_family() -> None:
     toybox = config().resolved("toybox", 64)
-    assert (toybox.max_train_steps, toybox.learning_rate, toybox.train_batch_size) == (400, 2e-3, 4)
+    assert (toybox.max_train_steps, toybox.learning_rate, toybox.train_batch_size) == (300, 1e-3, 4)
+    assert (toybox.photo_tokens, toybox.lr_scheduler) == (True, "linear")
     assert toybox.targets == ("attention", "feed-forward")
     assert config().resolved("sd1", 512).resolution == 512
     assert config(learning_rate=3e-4).resolved("sd1", 512).learning_rate == 3e-4
@@ -122,6 +123,7 @@ def test_identifier_may_come_later() -> None:
         ({"seed": -1}, "seed must be from 0 to"),
         ({"prior": "magic"}, "prior must be one of distill, generated, none, got 'magic'"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be one of"),
+        ({"lr_scheduler": "step"}, "lr_scheduler must be one of constant, linear, cosine, got 'step'"),
         ({"targets": ()}, "targets must name at least one"),
         ({"targets": ("attention", "mind")}, "targets must be among .* got 'mind'"),
         ({"targets": ("conv", "conv")}, "targets must not repeat"),

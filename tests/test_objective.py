@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dbadapter.errors import ConfigError
-from dbadapter.objective import add_noise, dreambooth_loss, sample_losses, snr, snr_weight, target
+from dbadapter.objective import (
+    add_noise,
+    dreambooth_loss,
+    lr_factor,
+    sample_losses,
+    snr,
+    snr_weight,
+    target,
+)
 
 SCHEDULER = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 ABAR = SCHEDULER.alphas_cumprod
@@ -60,6 +68,19 @@ def test_unknown_prediction_type() -> None:
         target("sample", x0, noise, ABAR, timesteps)
     with pytest.raises(ConfigError):
         snr_weight("sample", torch.ones(1), 5.0)
+
+
+@pytest.mark.parametrize(
+    ("lr_scheduler", "factors"),
+    [("constant", [1, 1, 1, 1]), ("linear", [1, 0.75, 0.5, 0.25]), ("cosine", [1, 0.853553, 0.5, 0.146447])],
+)
+def test_lr_factor(lr_scheduler: str, factors: list[float]) -> None:
+    assert [lr_factor(lr_scheduler, step, 4) for step in range(4)] == pytest.approx(factors, abs=1e-6)
+
+
+def test_unknown_schedule() -> None:
+    with pytest.raises(ConfigError, match="got 'polynomial'"):
+        lr_factor("polynomial", 0, 1)
 
 
 def test_loss_terms() -> None:

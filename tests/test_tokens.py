@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dbadapter.errors import DataError
-from dbadapter.tokens import pick_identifier, rare_tokens
+from dbadapter.tokens import photo_tokens, pick_identifier, rare_tokens
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,20 @@ def test_count(tokenizer: Any) -> None:
     assert rare_tokens(tokenizer, 0) == []
 
 
+def test_each_photograph_gets_a_token_of_its_own(tokenizer: Any) -> None:
+    found = photo_tokens(tokenizer, 6, "dog", "sks")
+    assert len(set(found)) == 6
+    assert "sks" not in found
+    assert photo_tokens(tokenizer, 4, "dog", "sks") == found[:4]  # of a run that got more photographs
+    assert found[0] not in photo_tokens(tokenizer, 6, "dog", found[0])
+
+
+def test_more_photographs_than_rare_tokens(tokenizer: Any) -> None:
+    found = photo_tokens(tokenizer, 2000, "dog", "sks")
+    assert len(found) == 2000
+    assert len(set(found)) > 30
+
+
 def test_no_part_of_the_class_noun(tokenizer: Any) -> None:
     assert rare_tokens(tokenizer, class_noun="SKS plush")[0].token != "sks"
     assert pick_identifier(tokenizer, "dog") == "sks"
@@ -81,3 +95,5 @@ def test_a_vocabulary_without_candidates_asks_for_a_word() -> None:
 
     with pytest.raises(DataError, match="--identifier"):
         pick_identifier(Letters(), "dog")
+    with pytest.raises(DataError, match="--no-photo-tokens"):
+        photo_tokens(Letters(), 3, "dog", "sks")

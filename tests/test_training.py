@@ -173,6 +173,35 @@ def test_flipping_doubles_the_photographs(config: TrainConfig, tmp_path: Path) -
     assert len(set_up(replace(config, random_flip=True), tmp_path).instance_cache) == 6
 
 
+def test_photo_tokens_give_each_photograph_its_prompt(config: TrainConfig, tmp_path: Path) -> None:
+    """Mirrored pictures keep their photograph's token, and the class prompt stays as it is."""
+    run = set_up(replace(config, photo_tokens=True, random_flip=True), tmp_path)
+    assert run.prompt_of.tolist() == [0, 1, 2, 0, 1, 2]
+    assert len(run.prompt_ids) == 4
+    words = run.base.tokenizer.batch_decode(run.prompt_ids, skip_special_tokens=True)
+    assert [text.rpartition(" ")[0] for text in words[:3]] == ["a photo of sks dog on"] * 3
+    assert words[3] == "a photo of a dog"
+
+
+def test_photo_tokens_reach_the_model(config: TrainConfig, tmp_path: Path) -> None:
+    """Frozen or trained, the text encoder gives each sample the embedding of its photograph's prompt."""
+    with_tokens = replace(config, photo_tokens=True, prior="none")
+    trained = curve(set_up(with_tokens, tmp_path), 1)
+    frozen = curve(set_up(replace(with_tokens, train_text_encoder=False), tmp_path), 1)
+    plain = curve(set_up(replace(with_tokens, photo_tokens=False), tmp_path), 1)
+    assert trained[0][1] == pytest.approx(frozen[0][1], rel=1e-5)
+    assert trained[0][1] != pytest.approx(plain[0][1], rel=1e-5)
+
+
+def test_learning_rates_follow_the_schedule(config: TrainConfig, tmp_path: Path) -> None:
+    run = set_up(replace(config, text_encoder_learning_rate=2e-2, lr_scheduler="linear"), tmp_path)
+    found = []
+    for step in range(4):
+        train_step(run, step)
+        found.append([group["lr"] for group in run.optimizer.param_groups])
+    assert np.array(found) == pytest.approx(np.outer([1, 0.75, 0.5, 0.25], [1e-2, 2e-2]))
+
+
 def test_run_leaves_what_it_promises(config: TrainConfig) -> None:
     stages: list[str] = []
     result = train(config, progress=lambda stage, done, total: stages.append(stage))
@@ -245,6 +274,7 @@ def test_runs_repeat(config: TrainConfig, tmp_path: Path) -> None:
 
 
 def test_resumed_run_equals_an_unbroken_one(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, photo_tokens=True)
     whole = train(replace(config, output_dir=tmp_path / "whole"))
     train(replace(config, max_train_steps=2))
     # A crash may leave metrics beyond the checkpoint, the last line cut short.

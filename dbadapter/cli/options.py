@@ -9,7 +9,15 @@ from typing import Any, TypeVar
 
 import click
 
-from dbadapter.config import PRECISIONS, PREDICTION_TYPES, PRIOR_SOURCES, PRIORS, TARGETS, TrainConfig
+from dbadapter.config import (
+    LR_SCHEDULERS,
+    PRECISIONS,
+    PREDICTION_TYPES,
+    PRIOR_SOURCES,
+    PRIORS,
+    TARGETS,
+    TrainConfig,
+)
 from dbadapter.errors import UsageError
 
 __all__ = [
@@ -106,6 +114,9 @@ train_options = join_options(
                  help="The word for the subject; auto picks a rare token of the base.  [default: auto]"),
     click.option("--instance-prompt", metavar="TEXT",
                  help="Prompt of the photographs.  [default: a photo of {identifier} {class_noun}]"),
+    click.option("--photo-tokens/--no-photo-tokens", default=None,
+                 help="End each photograph's prompt in a rare token of its own, which takes its background.  "
+                 "[preset]"),
     click.option("--class-prompt", metavar="TEXT",
                  help="The same without the identifier.  [default: a photo of a {class_noun}]"),
     click.option("--prior", type=click.Choice(PRIORS),
@@ -133,6 +144,8 @@ train_options = join_options(
     click.option("--learning-rate", type=float, metavar="X", help="Of the UNet's adapter.  [preset]"),
     click.option("--text-encoder-learning-rate", type=float, metavar="X",
                  help="Of the text encoder's adapter.  [preset]"),
+    click.option("--lr-scheduler", type=click.Choice(LR_SCHEDULERS),
+                 help="How both rates go on: as they are, or down to 0.  [preset]"),
     click.option("--train-batch-size", type=int, metavar="N",
                  help="Photographs a forward pass; as many class pictures come with them.  [preset]"),
     click.option("--gradient-accumulation-steps", type=int, metavar="N",

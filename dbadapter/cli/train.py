@@ -96,17 +96,14 @@ def _is_example(folder: Path) -> bool:
 
 
 def _dry_run(config: TrainConfig) -> str:
-    from dbadapter.base import check_prompt, load_base
+    from dbadapter.base import load_base
     from dbadapter.data import find_photographs
+    from dbadapter.prompts import resolve
     from dbadapter.run_folder import RunFolder
-    from dbadapter.tokens import pick_identifier
 
     photographs = find_photographs(config.instance_data_dir)
     folder = RunFolder(config.output_dir, config.name or config.output_dir.resolve().name)
     folder.check(config.instance_data_dir, overwrite=config.overwrite, resume=config.resume)
     base = load_base(config.base, prediction_type=config.prediction_type)
-    identifier = pick_identifier(base.tokenizer, config.class_noun, config.identifier)
-    resolved = config.resolved(base.family, base.resolution, identifier)
-    for prompt in (resolved.instance_prompt, resolved.class_prompt, *resolved.validation_prompt):
-        check_prompt(base.tokenizer, str(prompt))
+    resolved = resolve(config, base, len(photographs))
     return f"# {len(photographs)} photographs, base family {base.family}\n{resolved.to_toml()}"

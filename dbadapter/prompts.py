@@ -1,0 +1,49 @@
+"""The prompts of a run: resolved for a base, one for each photograph, all checked to fit the tokenizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dbadapter.base import Base, check_prompt
+from dbadapter.config import TrainConfig
+from dbadapter.tokens import photo_tokens, pick_identifier
+
+__all__ = ["instance_prompts", "resolve"]
+
+
+def resolve(config: TrainConfig, base: Base, photographs: int) -> TrainConfig:
+    """Return the configuration with nothing left open; every prompt of it fits the base's tokenizer.
+
+    Args:
+        config: as the user gave it.
+        base: whose family's preset fills what is open.
+        photographs: how many there are.
+    Raises:
+        ConfigError: a fault in the configuration.
+        DataError: a prompt is too long, or no rare token is left.
+    """
+    identifier = pick_identifier(base.tokenizer, config.class_noun, config.identifier)
+    resolved = config.resolved(base.family, base.resolution, identifier)
+    # The instance prompt on its own too: it is what people will type.
+    own = [str(resolved.instance_prompt), *instance_prompts(resolved, base.tokenizer, photographs)]
+    for prompt in (*own, str(resolved.class_prompt), *resolved.validation_prompt):
+        check_prompt(base.tokenizer, prompt)
+    return resolved
+
+
+def instance_prompts(config: TrainConfig, tokenizer: Any, photographs: int) -> list[str]:
+    """Return the prompt of each photograph, in their order.
+
+    With `photo_tokens` a rare token of each photograph's own stands where a place would: "a photo of sks dog
+    on wxv". What only that photograph shows, its background above all, then has a name of its own and is not
+    learned as part of the subject; DisenBooth (Chen et al. 2023, arXiv 2305.03374) does so with an embedding
+    from an image encoder.
+
+    Args:
+        config: resolved.
+    """
+    prompt = str(config.instance_prompt)
+    if not config.photo_tokens:
+        return [prompt] * photographs
+    names = photo_tokens(tokenizer, photographs, config.class_noun, config.identifier)
+    return [f"{prompt} on {name}" for name in names]
