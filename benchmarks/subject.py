@@ -36,6 +36,7 @@ from dbadapter.toybox.subjects import SUBJECTS, TEST_CONTEXTS, Subject, photogra
 VARIANTS: dict[str, list[str]] = {
     "default": [],
     "no_prior": ["--prior", "none"],
+    "no_photo_tokens": ["--no-photo-tokens"],
     "generated": ["--prior", "generated"],
     "distill_instance": ["--prior", "distill", "--prior-source", "instance"],
     "distill_sampled": ["--prior", "distill", "--prior-source", "sampled"],

@@ -5,6 +5,7 @@ The random streams need no saving: everything drawn is keyed by (seed, step, sam
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -70,20 +71,20 @@ class Snapshot:
     identity: Mapping[str, Any]
 
 
-def run_identity(config: TrainConfig, base: Base, photographs: int) -> dict[str, Any]:
+def run_identity(config: TrainConfig, base: Base, photographs: Sequence[Path]) -> dict[str, Any]:
     """Return what must not change for a resumed run to be the same run.
 
     Args:
         config: resolved.
         base: as loaded; its weights count, not only its name.
-        photographs: how many there are.
+        photographs: their contents count, not their names.
     """
     fields = {name: getattr(config, name) for name in _IDENTITY}
     fields["class_data_dir"] = None if config.class_data_dir is None else str(config.class_data_dir)
     return fields | {
         "prediction_type": base.prediction_type,
         "base_fingerprint": base.fingerprint,
-        "photographs": photographs,
+        "photographs": f"{len(photographs)} files {_digest(photographs)}",
     }
 
 
@@ -206,6 +207,13 @@ def _checkpoints(folder: Path) -> list[Path]:
         return []
     found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=4)
+    for path in paths:
+        digest.update(hashlib.blake2b(path.read_bytes()).digest())
+    return digest.hexdigest()
 
 
 def _copy(tensor: Tensor) -> Tensor:

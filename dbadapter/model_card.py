@@ -156,7 +156,7 @@ A LoRA adapter for **{base_name}** that knows one {config.class_noun}. Call it *
 
 ## Use
 
-- dbadapter: `dbadapter generate --base {config.base} --adapter {config.name}.safetensors --prompt
+- dbadapter: `dbadapter generate --base {base_name} --adapter {config.name}.safetensors --prompt
   "{config.instance_prompt}" --output-dir pictures`
 - diffusers: `pipeline.load_lora_weights(".", weight_name="{config.name}.safetensors")`
 - ComfyUI, AUTOMATIC1111, Forge, InvokeAI: put `{config.name}.safetensors` (with its `.json` and `.png`)

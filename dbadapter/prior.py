@@ -20,6 +20,7 @@ from dbadapter.config import TrainConfig
 from dbadapter.data import LatentCache, find_photographs, load_photograph
 from dbadapter.errors import BaseError
 from dbadapter.lora import adapters_off
+from dbadapter.run_folder import write_text
 from dbadapter.sampling import generate_pictures, save_pictures
 
 __all__ = [
@@ -91,7 +92,7 @@ def generated_prior(base: Base, config: TrainConfig, folder: Path, progress: Pro
             progress=lambda done, total: progress("class pictures", done, total),
         )
         save_pictures(pictures, folder, overwrite=True)
-        (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / RECORD, json.dumps(record, indent=2) + "\n")
     tensors = [load_photograph(folder / f"{index:04d}.png", resolution) for index in range(count)]
     return Prior(LatentCache.encode(base.vae, tensors), None)
 

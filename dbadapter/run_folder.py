@@ -120,11 +120,16 @@ class RunFolder:
             file.writelines(json.dumps(dict(line)) + "\n" for line in lines)
 
     def abandon(self) -> None:
-        """Take away what a run that never made a checkpoint has left, and put the earlier run back."""
-        if self.made:
+        """Take away what a run that never made a checkpoint has left, and put the earlier run back.
+
+        Finished class pictures stay, which may have taken an hour, and the configuration with them: it
+        tells the next run that the folder may be replaced.
+        """
+        pictures = any(self.class_images.glob("record.json"))
+        if self.made and not pictures:
             shutil.rmtree(self.path, ignore_errors=True)
             return
-        for path in (self.metrics, self.config):
+        for path in (self.metrics,) if self.made else (self.metrics, self.config):
             path.unlink(missing_ok=True)
         self._put_back()
 
@@ -142,7 +147,8 @@ class RunFolder:
         return [path for path in found if path.stem[5:].isdigit() and len(path.stem) >= 11]
 
     def _set_aside(self) -> None:
-        present = [path for path in (self.config, self.metrics) if path.exists()] + self._own_checkpoints()
+        files = [path for path in (self.config, self.metrics) if path.exists()]
+        present = [*files, *self._own_checkpoints(), *self.samples.glob("step-*")]
         for path in present:
             target = self._earlier / path.relative_to(self.path)
             target.parent.mkdir(parents=True, exist_ok=True)

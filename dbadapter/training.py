@@ -20,13 +20,14 @@ from dbadapter.adapter_file import verify, write_adapter
 from dbadapter.base import Base, Precision, encode_prompt, load_base, pick_precision, tokenize
 from dbadapter.checkpoint import Snapshot
 from dbadapter.config import TrainConfig
-from dbadapter.data import LatentCache, draw, find_photographs, load_photograph, mirrored, picture_indices
-from dbadapter.errors import TrainingError, UsageError
+from dbadapter.data import LatentCache, draw, load_photograph, mirrored, picture_indices
+from dbadapter.errors import TrainingError
 from dbadapter.lora import apply, collect, inject
 from dbadapter.model_card import Made, describe, draw_samples, last_losses, model_card
 from dbadapter.objective import add_noise, dreambooth_loss, lr_factor, snr, snr_weight, target
+from dbadapter.plan import plan
 from dbadapter.prior import Prior, distill_prior, generated_prior, teacher_prediction
-from dbadapter.prompts import instance_prompts, resolve
+from dbadapter.prompts import instance_prompts
 from dbadapter.run_folder import RunFolder, write_text
 from dbadapter.sampling import Picture, save_pictures
 from dbadapter.speed import (
@@ -262,25 +263,16 @@ def _learn(
     config: TrainConfig, started_at: datetime, report: Progress
 ) -> tuple[Made, Adapter, RunFolder, torch.device]:
     """Check everything, then train; the models are free for collection when this returns."""
-    config.validate()
-    folder = RunFolder(config.output_dir, config.name or config.output_dir.resolve().name)
-    photographs = find_photographs(config.instance_data_dir)
-    if config.class_data_dir is not None:
-        find_photographs(config.class_data_dir)
-    folder.check(config.instance_data_dir, overwrite=config.overwrite, resume=config.resume)
-    base = load_base(config.base, prediction_type=config.prediction_type)
-    config = resolve(config, base, len(photographs))
-    pick_precision(base.device, config.mixed_precision)
-    identity = checkpoint.run_identity(config, base, len(photographs))
-    snapshot = _resumed(config, folder, identity)
+    found = plan(config)
+    config, base, folder, snapshot = found.config, found.base, found.folder, found.snapshot
     keep_freed_memory(base.device)
     folder.start(config.to_toml(), resumed_step=snapshot.step if snapshot else 0)
     try:
-        run = prepare(config, base, photographs, class_images=folder.class_images, progress=report)
+        run = prepare(config, base, found.photographs, class_images=folder.class_images, progress=report)
         if snapshot is not None:
             checkpoint.restore(snapshot, run.parameters, run.optimizer, run.scaler)
             run.step = snapshot.step
-        _loop(run, folder, identity, report)
+        _loop(run, folder, found.identity, report)
     except BaseException:
         if checkpoint.newest(folder.checkpoints) is None:
             folder.abandon()
@@ -293,27 +285,13 @@ def _learn(
         base_name=base.name,
         prediction_type=base.prediction_type,
         precision=run.precision,
-        photographs=len(photographs),
+        photographs=len(found.photographs),
         steps=run.step,
         last_losses=last_losses(run.history),
         started_at=started_at,
         finished_at=datetime.now(UTC),
     )
     return made, collect(base.unet, base.text_encoder, base.family), folder, base.device
-
-
-def _resumed(config: TrainConfig, folder: RunFolder, identity: Mapping[str, Any]) -> Snapshot | None:
-    """Return the newest checkpoint, if the run is to go on from it."""
-    if not config.resume or (path := checkpoint.newest(folder.checkpoints)) is None:
-        return None
-    snapshot = checkpoint.read(path)
-    checkpoint.check_same_run(snapshot, identity)
-    # A run that was stopped between its last step and its file is finished by --resume.
-    if snapshot.step >= int(config.max_train_steps or 0) and folder.adapter.exists():
-        raise UsageError(
-            f"{folder.path} has {snapshot.step} steps already; to go on pass --max-train-steps above that"
-        )
-    return snapshot
 
 
 def _loop(run: Run, folder: RunFolder, identity: Mapping[str, Any], report: Progress) -> None:
@@ -342,9 +320,11 @@ def _loop(run: Run, folder: RunFolder, identity: Mapping[str, Any], report: Prog
                     pictures = draw_samples(config, run.base)
                 save_pictures(pictures, folder.samples / f"step-{run.step:06d}", overwrite=True)
             report("train", run.step, total)
-    except BaseException:
+    except BaseException as error:
         if good is not None:
             checkpoint.write(folder.checkpoints, good)
+            if isinstance(error, KeyboardInterrupt):
+                raise KeyboardInterrupt(f"add --resume to go on from step {good.step}") from None
         raise
 
 

@@ -105,15 +105,20 @@ def test_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
 
 def test_identity_holds_what_decides_the_weights(tmp_path: Path, tiny_base: Base) -> None:
     config = TrainConfig(tmp_path, "dog", tmp_path).resolved("sd1", 512, "sks")
-    identity = checkpoint.run_identity(config, tiny_base, 5)
-    assert identity["photographs"] == 5
+    photographs = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path in photographs:
+        path.write_bytes(path.name.encode())
+    identity = checkpoint.run_identity(config, tiny_base, photographs)
+    assert identity["photographs"].startswith("2 files ")
     assert identity["prediction_type"] == "epsilon"
     assert {"rank", "targets", "seed", "instance_prompt", "prior"} <= set(identity)
     assert not {"learning_rate", "max_train_steps", "mixed_precision", "output_dir"} & set(identity)
     with torch.no_grad():
         tiny_base.unet.conv_out.weight.add_(1e-3)
-    other = checkpoint.run_identity(config, tiny_base, 5)
-    assert {name for name in identity if identity[name] != other[name]} == {"base_fingerprint"}
+    photographs[1].write_bytes(b"another picture")
+    other = checkpoint.run_identity(config, tiny_base, photographs)
+    changed = {name for name in identity if identity[name] != other[name]}
+    assert changed == {"base_fingerprint", "photographs"}
 
 
 def test_broken_checkpoint_is_named(tmp_path: Path) -> None:

@@ -27,6 +27,8 @@ def earlier(tmp_path: Path) -> RunFolder:
     run.append_metrics([{"step": 1}, {"step": 2}])
     run.checkpoints.mkdir()
     (run.checkpoints / "step-000002.safetensors").write_bytes(b"earlier")
+    (run.samples / "step-000001").mkdir(parents=True)
+    (run.samples / "step-000001" / "0000.png").write_bytes(b"earlier")
     run.adapter.write_bytes(b"adapter")
     run.settle()
     return RunFolder(run.path, run.name)
@@ -52,6 +54,7 @@ def test_a_run_that_ends_before_its_first_checkpoint_gives_the_earlier_one_back(
     before = {path.relative_to(earlier.path): path.read_bytes() for path in earlier.path.rglob("*.*")}
     earlier.start(CONFIG + "seed = 2\n", resumed_step=0)
     assert not list(earlier.checkpoints.glob("*"))
+    assert not list(earlier.samples.glob("*"))
     assert earlier.metrics.read_text() == ""
     earlier.abandon()
     assert {path.relative_to(earlier.path): path.read_bytes() for path in earlier.path.rglob("*.*")} == before

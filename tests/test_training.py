@@ -327,7 +327,7 @@ def interrupt() -> float:
 def test_interrupted_run_can_be_resumed(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         stop_at(patch, 3, interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="add --resume to go on from step 2"):
             train(config)
     assert not (config.output_dir / "out.safetensors").exists()
     with pytest.raises(OutputError, match="pass --resume to go on with that run"):
@@ -342,6 +342,21 @@ def test_interruption_before_any_checkpoint_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         train(config)
     assert not config.output_dir.exists()
+
+
+def test_interruption_keeps_finished_class_pictures(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may have taken an hour; the next run uses them."""
+    config = replace(config, prior="generated")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 0, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    picture = config.output_dir / "class_images/0000.png"
+    made = picture.stat().st_mtime_ns
+    train(replace(config, overwrite=True))
+    assert picture.stat().st_mtime_ns == made
 
 
 def test_loss_that_is_not_finite(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,9 +52,10 @@ class Group(click.Group):
             return super().invoke(ctx)
         except DbadapterError as error:
             _fail(str(error), error.exit_code)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             # Here, because click would print an empty line and forget the exit code of SIGINT.
-            click.echo("Aborted: interrupted from the keyboard", err=True)
+            cure = f"; {error}" if str(error) else ""
+            click.echo(f"Aborted: interrupted from the keyboard{cure}", err=True)
             sys.exit(130)
         except BrokenPipeError:
             # The reader of our output went away, e.g. `| head`; Python would complain again at exit.

@@ -96,14 +96,10 @@ def _is_example(folder: Path) -> bool:
 
 
 def _dry_run(config: TrainConfig) -> str:
-    from dbadapter.base import load_base
-    from dbadapter.data import find_photographs
-    from dbadapter.prompts import resolve
-    from dbadapter.run_folder import RunFolder
+    from dbadapter.plan import plan
 
-    photographs = find_photographs(config.instance_data_dir)
-    folder = RunFolder(config.output_dir, config.name or config.output_dir.resolve().name)
-    folder.check(config.instance_data_dir, overwrite=config.overwrite, resume=config.resume)
-    base = load_base(config.base, prediction_type=config.prediction_type)
-    resolved = resolve(config, base, len(photographs))
-    return f"# {len(photographs)} photographs, base family {base.family}\n{resolved.to_toml()}"
+    found = plan(config)
+    start = f"# {len(found.photographs)} photographs, base family {found.base.family}"
+    if found.snapshot is not None:
+        start += f", goes on from step {found.snapshot.step}"
+    return f"{start}\n{found.config.to_toml()}"
