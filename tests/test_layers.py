@@ -40,6 +40,7 @@ LAYERS = (
     "keys",
     "prompts",
     "base",
+    "base_folder",
     "tokens",
     "toybox",
     "objective",
