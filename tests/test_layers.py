@@ -119,7 +119,7 @@ def test_only_the_command_line_and_the_demo_know_toybox_is_there() -> None:
         for module in FILES
         if any(name.startswith("dbadapter.toybox") for name in imports_of(module))
     }
-    assert users <= {"cli", "demo", "base", "toybox"}
+    assert users <= {"cli", "demo", "base_folder", "toybox"}
 
 
 def test_nothing_imports_export_by_its_folder_name() -> None:
