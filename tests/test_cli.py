@@ -404,7 +404,7 @@ def _raises(error: BaseException) -> Callable[..., Any]:
 def test_what_comes_from_outside(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
 ) -> None:
-    monkeypatch.setattr("dbadapter.base.load_base", _raises(error))
+    monkeypatch.setattr("dbadapter.base_folder.load_tokenizer", _raises(error))
     result = run("tokens")
     assert result.stderr.startswith(line)
     assert result.stderr.count("\n") == 1
@@ -414,7 +414,8 @@ def test_what_comes_from_outside(
 def test_out_of_memory_names_what_the_command_can_lower(
     monkeypatch: pytest.MonkeyPatch, train_words: list[str | Path], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("dbadapter.base.load_base", _raises(MemoryError()))
+    for module in ("base", "plan"):
+        monkeypatch.setattr(f"dbadapter.{module}.load_base", _raises(MemoryError()))
     assert_refused(run(*train_words, "--dry-run"), 1, "out of memory", "--train-batch-size")
     words = ["generate", "--prompt", "a", "--output-dir", tmp_path / "pictures"]
     assert_refused(run(*words), 1, "out of memory", "--num-images-per-prompt")
@@ -504,7 +505,7 @@ def test_a_folder_is_no_earlier_demo_because_of_a_files_name(tmp_path: Path) -> 
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dbadapter.base.load_base", _raises(ZeroDivisionError("a bug")))
+    monkeypatch.setattr("dbadapter.base_folder.load_tokenizer", _raises(ZeroDivisionError("a bug")))
     assert isinstance(run("tokens").exception, ZeroDivisionError)
 
 
