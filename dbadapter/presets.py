@@ -19,7 +19,7 @@ class Preset:
         learning_rate: AdamW's, for the UNet's adapter.
         text_encoder_learning_rate: AdamW's, for the text encoder's adapter.
         lr_scheduler: how the rates go on from there, of `config.LR_SCHEDULERS`.
-        photo_tokens: whether each photograph's prompt ends in a rare token of its own.
+        photo_tokens: whether each photograph's prompt ends in a rare token of its own every second pass.
         train_batch_size: instance pictures a step; as many class pictures come with them.
         prior_loss_weight: weight of the prior term (lambda in Ruiz et al. 2022, equation 2).
         num_class_images: class pictures (or class latents, with prior `distill`) sampled from the base.
@@ -54,11 +54,11 @@ _PUBLISHED = Preset(
 
 PRESETS: Mapping[str, Preset] = {
     "toybox": Preset(
-        source="a trial on toybox: looked at on the example subject, not yet measured by benchmarks.subject",
+        source="trials on toybox: docs/decisions/0007-photo-tokens.md",
         targets=("attention", "feed-forward"),
         max_train_steps=300,
-        learning_rate=1e-3,
-        text_encoder_learning_rate=1e-3,
+        learning_rate=2e-3,
+        text_encoder_learning_rate=2e-3,
         lr_scheduler="linear",
         photo_tokens=True,
         train_batch_size=4,

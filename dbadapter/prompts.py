@@ -24,26 +24,26 @@ def resolve(config: TrainConfig, base: Base, photographs: int) -> TrainConfig:
     """
     identifier = pick_identifier(base.tokenizer, config.class_noun, config.identifier)
     resolved = config.resolved(base.family, base.resolution, identifier)
-    # The instance prompt on its own too: it is what people will type.
-    own = [str(resolved.instance_prompt), *instance_prompts(resolved, base.tokenizer, photographs)]
-    for prompt in (*own, str(resolved.class_prompt), *resolved.validation_prompt):
+    own = {prompt for row in instance_prompts(resolved, base.tokenizer, photographs) for prompt in row}
+    for prompt in (*sorted(own, key=len), str(resolved.class_prompt), *resolved.validation_prompt):
         check_prompt(base.tokenizer, prompt)
     return resolved
 
 
-def instance_prompts(config: TrainConfig, tokenizer: Any, photographs: int) -> list[str]:
-    """Return the prompt of each photograph, in their order.
+def instance_prompts(config: TrainConfig, tokenizer: Any, photographs: int) -> list[list[str]]:
+    """Return the prompts of the photographs: rows that passes over the photographs take in turn.
 
-    With `photo_tokens` a rare token of each photograph's own stands where a place would: "a photo of sks dog
-    on wxv". What only that photograph shows, its background above all, then has a name of its own and is not
-    learned as part of the subject; DisenBooth (Chen et al. 2023, arXiv 2305.03374) does so with an embedding
-    from an image encoder.
+    There is one row, or two with `photo_tokens`: in the second a rare token of each photograph's own stands
+    where a place would, "a photo of sks dog on wxv". What only that photograph shows, its background above
+    all, then has a name of its own and is not learned as part of the subject; the first, plain row keeps the
+    subject from hiding in those names. DisenBooth (Chen et al. 2023, arXiv 2305.03374) splits the two with
+    embeddings from an image encoder.
 
     Args:
         config: resolved.
     """
     prompt = str(config.instance_prompt)
     if not config.photo_tokens:
-        return [prompt] * photographs
+        return [[prompt] * photographs]
     names = photo_tokens(tokenizer, photographs, config.class_noun, config.identifier)
-    return [f"{prompt} on {name}" for name in names]
+    return [[prompt] * photographs, [f"{prompt} on {name}" for name in names]]

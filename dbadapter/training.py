@@ -88,7 +88,9 @@ class Run:
     instance_cache: LatentCache
     prior: Prior | None
     prompt_ids: Tensor  # each prompt once, the class prompt last if there is a prior; (prompts, length)
-    prompt_of: Tensor  # row of each picture of the instance cache in prompt_ids; (pictures,), on the CPU
+    prompt_of: (
+        Tensor  # rows of prompt_ids: pass n over the pictures takes row n % k of (k, pictures); on the CPU
+    )
     embeddings: Tensor | None  # of the prompts, where the text encoder is not trained
     step: int = 0
     history: list[dict[str, float | int | None]] = field(default_factory=list)
@@ -113,7 +115,7 @@ def train_step(run: Run, step: int) -> Tensor:
         # 1. What is noised, and how: instance samples first, prior samples behind, in one batch.
         samples = range(micro * batch, (micro + 1) * batch)
         chosen, x0, noise, timesteps = _drawn(run, "instance", run.instance_cache, step, samples)
-        prompts = run.prompt_of[chosen]
+        prompts = run.prompt_of[_passes(run, step, samples) % len(run.prompt_of), chosen]
         if run.prior is not None:
             _, *theirs = _drawn(run, "prior", run.prior.cache, step, samples)
             ours = (x0, noise, timesteps)
@@ -211,8 +213,9 @@ def prepare(
     precision = pick_precision(device, config.mixed_precision)
     pictures = [load_photograph(path, resolution) for path in photographs]
     instance_cache = LatentCache.encode(base.vae, mirrored(pictures) if config.random_flip else pictures)
-    of_pictures = instance_prompts(config, base.tokenizer, len(pictures)) * (1 + config.random_flip)
-    prompts = list(dict.fromkeys(of_pictures)) + [str(config.class_prompt)] * (config.prior != "none")
+    rows = [row * (1 + config.random_flip) for row in instance_prompts(config, base.tokenizer, len(pictures))]
+    own = list(dict.fromkeys(prompt for row in rows for prompt in row))
+    prompts = own + [str(config.class_prompt)] * (config.prior != "none")
     prior: Prior | None = None
     with autocast(device, precision):
         if config.prior == "generated":
@@ -254,7 +257,7 @@ def prepare(
         instance_cache=instance_cache,
         prior=prior,
         prompt_ids=tokenize(base.tokenizer, prompts).to(device),
-        prompt_of=torch.tensor([prompts.index(prompt) for prompt in of_pictures]),
+        prompt_of=torch.tensor([[own.index(prompt) for prompt in row] for row in rows]),
         embeddings=embeddings,
     )
 
@@ -362,11 +365,20 @@ def _drawn(
 ) -> tuple[list[int], Tensor, Tensor, Tensor]:
     """Return which pictures the samples of a step use, and latents, noise, timesteps on the device."""
     seed, device = run.config.seed, run.base.device
-    a_step = int(run.config.train_batch_size or 1) * run.config.gradient_accumulation_steps
     draws = draw(stream, seed, step, samples, cache.mean.shape[1:], len(run.alphas_cumprod))
-    chosen = picture_indices(stream, seed, step * a_step + samples.start, len(samples), len(cache))
+    first = step * _samples_of_a_step(run) + samples.start
+    chosen = picture_indices(stream, seed, first, len(samples), len(cache))
     x0 = cache.sample(chosen, draws.posterior_noise)
     return chosen, x0, draws.noise.to(device), draws.timesteps.to(device)
+
+
+def _passes(run: Run, step: int, samples: range) -> Tensor:
+    """Return in which pass over the pictures these samples of a step lie, counted from 0, (samples,)."""
+    return (step * _samples_of_a_step(run) + torch.tensor(samples)) // len(run.instance_cache)
+
+
+def _samples_of_a_step(run: Run) -> int:
+    return int(run.config.train_batch_size or 1) * run.config.gradient_accumulation_steps
 
 
 def _samples(made: Made, folder: RunFolder, device: torch.device, report: Progress) -> list[Picture]:

@@ -80,7 +80,7 @@ def test_resolved_fills_and_stays(family: str, rank: int, prior: str, name: str 
 
 def test_presets_by_family() -> None:
     toybox = config().resolved("toybox", 64)
-    assert (toybox.max_train_steps, toybox.learning_rate, toybox.train_batch_size) == (300, 1e-3, 4)
+    assert (toybox.max_train_steps, toybox.learning_rate, toybox.train_batch_size) == (300, 2e-3, 4)
     assert (toybox.photo_tokens, toybox.lr_scheduler) == (True, "linear")
     assert toybox.targets == ("attention", "feed-forward")
     assert config().resolved("sd1", 512).resolution == 512

@@ -176,21 +176,24 @@ def test_flipping_doubles_the_photographs(config: TrainConfig, tmp_path: Path) -
 def test_photo_tokens_give_each_photograph_its_prompt(config: TrainConfig, tmp_path: Path) -> None:
     """Mirrored pictures keep their photograph's token, and the class prompt stays as it is."""
     run = set_up(replace(config, photo_tokens=True, random_flip=True), tmp_path)
-    assert run.prompt_of.tolist() == [0, 1, 2, 0, 1, 2]
-    assert len(run.prompt_ids) == 4
+    assert run.prompt_of.tolist() == [[0] * 6, [1, 2, 3, 1, 2, 3]]
+    assert len(run.prompt_ids) == 5
     words = run.base.tokenizer.batch_decode(run.prompt_ids, skip_special_tokens=True)
-    assert [text.rpartition(" ")[0] for text in words[:3]] == ["a photo of sks dog on"] * 3
-    assert words[3] == "a photo of a dog"
+    assert words[0] == "a photo of sks dog"
+    assert [text.rpartition(" ")[0] for text in words[1:4]] == ["a photo of sks dog on"] * 3
+    assert words[4] == "a photo of a dog"
 
 
 def test_photo_tokens_reach_the_model(config: TrainConfig, tmp_path: Path) -> None:
     """Frozen or trained, the text encoder gives each sample the embedding of its photograph's prompt."""
     with_tokens = replace(config, photo_tokens=True, prior="none")
-    trained = curve(set_up(with_tokens, tmp_path), 1)
-    frozen = curve(set_up(replace(with_tokens, train_text_encoder=False), tmp_path), 1)
-    plain = curve(set_up(replace(with_tokens, photo_tokens=False), tmp_path), 1)
-    assert trained[0][1] == pytest.approx(frozen[0][1], rel=1e-5)
-    assert trained[0][1] != pytest.approx(plain[0][1], rel=1e-5)
+    # Step 2 takes samples 4 and 5, the second pass over three photographs: that with the tokens.
+    trained, frozen, plain = (
+        train_step(set_up(replace(with_tokens, **change), tmp_path), 2).tolist()[1]
+        for change in ({}, {"train_text_encoder": False}, {"photo_tokens": False})
+    )
+    assert trained == pytest.approx(frozen, rel=1e-5)
+    assert trained != pytest.approx(plain, rel=1e-5)
 
 
 def test_learning_rates_follow_the_schedule(config: TrainConfig, tmp_path: Path) -> None:
