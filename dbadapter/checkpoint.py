@@ -77,7 +77,7 @@ def run_identity(config: TrainConfig, base: Base, photographs: Sequence[Path]) -
     Args:
         config: resolved.
         base: as loaded; its weights count, not only its name.
-        photographs: their contents count, not their names.
+        photographs: their contents count, in their order.
     """
     fields = {name: getattr(config, name) for name in _IDENTITY}
     fields["class_data_dir"] = None if config.class_data_dir is None else str(config.class_data_dir)

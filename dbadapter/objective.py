@@ -135,7 +135,8 @@ def lr_factor(lr_scheduler: str, step: int, total: int) -> float:
 
         constant: 1        linear: 1 - step / total        cosine: (1 + cos(pi step / total)) / 2
 
-    A function of the step alone, so that a resumed run, or one that is lengthened, needs no state.
+    A function of step and total, so that a resumed run needs no state; one that is lengthened goes on at the
+    higher rate of the longer schedule.
 
     Args:
         step: counted from 0.

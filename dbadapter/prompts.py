@@ -6,6 +6,7 @@ from typing import Any
 
 from dbadapter.base import Base, check_prompt
 from dbadapter.config import TrainConfig
+from dbadapter.errors import DataError
 from dbadapter.tokens import photo_tokens, pick_identifier
 
 __all__ = ["instance_prompts", "resolve"]
@@ -24,9 +25,13 @@ def resolve(config: TrainConfig, base: Base, photographs: int) -> TrainConfig:
     """
     identifier = pick_identifier(base.tokenizer, config.class_noun, config.identifier)
     resolved = config.resolved(base.family, base.resolution, identifier)
-    own = {prompt for row in instance_prompts(resolved, base.tokenizer, photographs) for prompt in row}
-    for prompt in (*sorted(own, key=len), str(resolved.class_prompt), *resolved.validation_prompt):
+    for prompt in (str(resolved.instance_prompt), str(resolved.class_prompt), *resolved.validation_prompt):
         check_prompt(base.tokenizer, prompt)
+    try:
+        for prompt in instance_prompts(resolved, base.tokenizer, photographs)[-1]:
+            check_prompt(base.tokenizer, prompt)
+    except DataError as error:
+        raise DataError(f"with the photograph's own token {error}, or pass --no-photo-tokens") from None
     return resolved
 
 
@@ -45,5 +50,5 @@ def instance_prompts(config: TrainConfig, tokenizer: Any, photographs: int) -> l
     prompt = str(config.instance_prompt)
     if not config.photo_tokens:
         return [[prompt] * photographs]
-    names = photo_tokens(tokenizer, photographs, config.class_noun, config.identifier)
+    names = photo_tokens(tokenizer, photographs, config.class_noun, f"{prompt} {config.identifier}")
     return [[prompt] * photographs, [f"{prompt} on {name}" for name in names]]

@@ -62,6 +62,14 @@ class RunFolder:
         """The class pictures of prior `generated`, with the record of what made them."""
         return self.path / "class_images"
 
+    @property
+    def finished(self) -> bool:
+        """Whether the adapter is that of the newest checkpoint, not of a run before it."""
+        if not self.adapter.exists():
+            return False
+        written = self.adapter.stat().st_mtime_ns
+        return all(path.stat().st_mtime_ns <= written for path in self._own_checkpoints())
+
     def check(self, instance_data_dir: Path, *, overwrite: bool, resume: bool) -> None:
         """Pass if a run may write here; ask before hours of work, not after.
 
@@ -76,8 +84,7 @@ class RunFolder:
                 f"{self.path} holds the photographs, and the run's pictures would mix with them; "
                 "pass another --output-dir"
             )
-        unfinished = self.checkpoints.is_dir() and any(self.checkpoints.glob("step-*.safetensors"))
-        if resume and not unfinished:
+        if resume and not self._own_checkpoints():
             raise OutputError(f"{self.path} holds no checkpoint to resume from; leave out --resume")
         present = [path.name for path in self._outputs() if path.exists()]
         if overwrite and present and not self._is_run():
@@ -87,7 +94,7 @@ class RunFolder:
             )
         if present and not (overwrite or resume):
             cure = "pass --overwrite to replace it, or another --output-dir"
-            if unfinished and not self.adapter.exists():
+            if self._own_checkpoints() and not self.finished:
                 cure = f"pass --resume to go on with that run, {cure}"
             raise OutputError(f"{self.path} holds {present[0]} already; {cure}")
 
@@ -119,6 +126,10 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(dict(line)) + "\n" for line in lines)
 
+    def read_metrics(self) -> list[dict[str, float | int | None]]:
+        """Return the steps so far, those before a resume included."""
+        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+
     def abandon(self) -> None:
         """Take away what a run that never made a checkpoint has left, and put the earlier run back.
 
@@ -129,8 +140,10 @@ class RunFolder:
         if self.made and not pictures:
             shutil.rmtree(self.path, ignore_errors=True)
             return
-        for path in (self.metrics,) if self.made else (self.metrics, self.config):
+        for path in (self.metrics,) if pictures else (self.metrics, self.config):
             path.unlink(missing_ok=True)
+        for previews in self.samples.glob("step-*"):
+            shutil.rmtree(previews, ignore_errors=True)
         self._put_back()
 
     def settle(self) -> None:

@@ -93,15 +93,17 @@ def pick_identifier(tokenizer: Any, class_noun: str, wish: str = "auto") -> str:
     return wish
 
 
-def photo_tokens(tokenizer: Any, count: int, class_noun: str, identifier: str) -> list[str]:
-    """Return a rare token for each of `count` photographs, none of them the identifier.
+def photo_tokens(tokenizer: Any, count: int, class_noun: str, prompt: str) -> list[str]:
+    """Return a rare token for each of `count` photographs, none of them a word of the prompt.
 
     Where a vocabulary has fewer, several photographs share one.
 
     Raises:
         DataError: it has none.
     """
-    names = [token for token, _ in rare_tokens(tokenizer, count + 1, class_noun) if token != identifier]
+    taken = set(re.findall(r"\w+", prompt.lower()))
+    candidates = rare_tokens(tokenizer, count + len(taken), class_noun)
+    names = [token for token, _ in candidates if token not in taken]
     if not names:
         raise DataError("this base's vocabulary has no rare tokens for photographs; pass --no-photo-tokens")
     return [names[index % len(names)] for index in range(count)]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,7 @@ from dbadapter.errors import TrainingError
 from dbadapter.lora import apply, collect, inject
 from dbadapter.model_card import Made, describe, draw_samples, last_losses, model_card
 from dbadapter.objective import add_noise, dreambooth_loss, lr_factor, snr, snr_weight, target
-from dbadapter.plan import plan
+from dbadapter.plan import Plan, plan
 from dbadapter.prior import Prior, distill_prior, generated_prior, teacher_prediction
 from dbadapter.prompts import instance_prompts
 from dbadapter.run_folder import RunFolder, write_text
@@ -93,7 +92,6 @@ class Run:
     )
     embeddings: Tensor | None  # of the prompts, where the text encoder is not trained
     step: int = 0
-    history: list[dict[str, float | int | None]] = field(default_factory=list)
 
     def autocast(self) -> torch.autocast:
         """Return the context of forward passes in the run's precision."""
@@ -174,6 +172,7 @@ def train(config: TrainConfig, *, progress: Progress | None = None) -> TrainResu
     description = describe(made)
     write_adapter(folder.adapter, adapter, description=description, sidecars=False, overwrite=True)
     verify(folder.adapter, adapter)
+    folder.settle()
     pictures = _samples(made, folder, device, report)
     sample_paths = tuple(save_pictures(pictures, folder.samples, overwrite=True))
     preview = pictures[0].image
@@ -275,14 +274,13 @@ def _learn(
         if snapshot is not None:
             checkpoint.restore(snapshot, run.parameters, run.optimizer, run.scaler)
             run.step = snapshot.step
-        _loop(run, folder, found.identity, report)
+        _loop(run, folder, found, report)
     except BaseException:
         if checkpoint.newest(folder.checkpoints) is None:
             folder.abandon()
         else:
             folder.settle()
         raise
-    folder.settle()
     made = Made(
         config=config,
         base_name=base.name,
@@ -290,16 +288,16 @@ def _learn(
         precision=run.precision,
         photographs=len(found.photographs),
         steps=run.step,
-        last_losses=last_losses(run.history),
+        last_losses=last_losses(folder.read_metrics()),
         started_at=started_at,
         finished_at=datetime.now(UTC),
     )
     return made, collect(base.unet, base.text_encoder, base.family), folder, base.device
 
 
-def _loop(run: Run, folder: RunFolder, identity: Mapping[str, Any], report: Progress) -> None:
+def _loop(run: Run, folder: RunFolder, found: Plan, report: Progress) -> None:
     """Take the steps; whatever ends them early, the last good state is written as a checkpoint."""
-    config, total, good = run.config, int(run.config.max_train_steps or 0), None
+    config, total, good = run.config, int(run.config.max_train_steps or 0), found.snapshot
     pending: list[tuple[Tensor, float]] = []
 
     def due(every: int | None) -> bool:
@@ -314,7 +312,7 @@ def _loop(run: Run, folder: RunFolder, identity: Mapping[str, Any], report: Prog
             run.step += 1
             if due(LOG_EVERY) or due(config.checkpointing_steps):
                 _log(run, folder, pending, good)
-                good = checkpoint.capture(run.step, run.parameters, run.optimizer, run.scaler, identity)
+                good = checkpoint.capture(run.step, run.parameters, run.optimizer, run.scaler, found.identity)
                 pending = []
             if good is not None and due(config.checkpointing_steps):
                 checkpoint.write(folder.checkpoints, good)
@@ -356,7 +354,6 @@ def _log(run: Run, folder: RunFolder, pending: Sequence[tuple[Tensor, float]], g
                 "seconds": round(seconds, 4),
             }
         )
-    run.history.extend(lines)
     folder.append_metrics(lines)
 
 

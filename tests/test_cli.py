@@ -369,14 +369,24 @@ def test_train_says_what_it_made(train_words: list[str | Path], tmp_path: Path) 
 def test_interrupt_ends_cleanly(train_words: list[str | Path], tmp_path: Path) -> None:
     words = [*train_words, "--max-train-steps", "1000000", "--num-class-images", "2"]
     command = [sys.executable, "-m", "dbadapter", *map(str, words)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "out" / "metrics.jsonl"
-    deadline = time.monotonic() + 240  # imports alone take a minute on a busy machine
-    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=120)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts background jobs with Ctrl-C ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        metrics = tmp_path / "out" / "metrics.jsonl"
+        deadline = time.monotonic() + 240  # imports alone take a minute on a busy machine
+        while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert re.fullmatch(
         r"Aborted: interrupted from the keyboard(; add --resume to go on from step \d+)?\n", stderr
     )

@@ -58,6 +58,8 @@ def test_each_photograph_gets_a_token_of_its_own(tokenizer: Any) -> None:
     assert "sks" not in found
     assert photo_tokens(tokenizer, 4, "dog", "sks") == found[:4]  # of a run that got more photographs
     assert found[0] not in photo_tokens(tokenizer, 6, "dog", found[0])
+    prompt = f"a {found[0]} photo of {found[1].upper()} dog"  # CLIP reads both cases as one
+    assert photo_tokens(tokenizer, 2, "dog", prompt) == ["sks", found[2]]
 
 
 def test_more_photographs_than_rare_tokens(tokenizer: Any) -> None:

@@ -134,6 +134,7 @@ def test_bf16_trains_float32_factors_on_bf16_weights(config: TrainConfig, tmp_pa
 
 
 def test_accumulation_equals_one_large_batch(config: TrainConfig, tmp_path: Path) -> None:
+    config = replace(config, photo_tokens=True)  # 8 samples cross two passes over 3 photographs
     whole = curve(set_up(replace(config, train_batch_size=4), tmp_path), 2)
     parts = replace(config, train_batch_size=2, gradient_accumulation_steps=2)
     np.testing.assert_allclose(curve(set_up(parts, tmp_path), 2), whole, rtol=1e-3, atol=1e-4)
@@ -327,7 +328,11 @@ def interrupt() -> float:
     raise KeyboardInterrupt
 
 
-def test_interrupted_run_can_be_resumed(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_run_can_be_resumed(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As if it had not been cut, on a falling rate too."""
+    config = replace(config, lr_scheduler="linear")
     with monkeypatch.context() as patch:
         stop_at(patch, 3, interrupt)
         with pytest.raises(KeyboardInterrupt, match="add --resume to go on from step 2"):
@@ -335,7 +340,17 @@ def test_interrupted_run_can_be_resumed(config: TrainConfig, monkeypatch: pytest
     assert not (config.output_dir / "out.safetensors").exists()
     with pytest.raises(OutputError, match="pass --resume to go on with that run"):
         train(config)
-    assert train(replace(config, resume=True)).steps == 4
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, lambda: float("nan"))
+        with pytest.raises(TrainingError, match="add --resume to go on from step 2"):
+            train(replace(config, resume=True))
+    resumed = train(replace(config, resume=True))
+    assert resumed.steps == 4
+    whole = train(replace(config, output_dir=tmp_path / "whole"))
+    ours, theirs = read_adapter(resumed.adapter_path), read_adapter(whole.adapter_path)
+    for name, weights in ours.modules.items():
+        assert torch.allclose(weights.lora_B, theirs.modules[name].lora_B, atol=1e-4), name
+    assert resumed.instance_loss == pytest.approx(whole.instance_loss, rel=1e-3)
 
 
 def test_interruption_before_any_checkpoint_leaves_nothing(
@@ -352,6 +367,7 @@ def test_interruption_keeps_finished_class_pictures(
 ) -> None:
     """They may have taken an hour; the next run uses them."""
     config = replace(config, prior="generated")
+    config.output_dir.mkdir()
     with monkeypatch.context() as patch:
         stop_at(patch, 0, interrupt)
         with pytest.raises(KeyboardInterrupt):
