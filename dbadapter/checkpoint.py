@@ -197,7 +197,9 @@ def restore(
             if f"{moment}.{index}" in snapshot.tensors
         }
         # Not load_state_dict: it would bring back the old learning rates too.
-        optimizer.state[parameter] = {name: tensor.to(parameter.device) for name, tensor in state.items()}
+        # Copies: the snapshot is what a run that fails soon after goes back to.
+        copies = {name: tensor.to(parameter.device, copy=True) for name, tensor in state.items()}
+        optimizer.state[parameter] = copies
     if snapshot.scaler:
         scaler.load_state_dict(dict(snapshot.scaler))
 
