@@ -87,9 +87,7 @@ class Run:
     instance_cache: LatentCache
     prior: Prior | None
     prompt_ids: Tensor  # each prompt once, the class prompt last if there is a prior; (prompts, length)
-    prompt_of: (
-        Tensor  # rows of prompt_ids: pass n over the pictures takes row n % k of (k, pictures); on the CPU
-    )
+    prompt_of: Tensor  # indices into prompt_ids, (k, pictures), on the CPU; pass n takes row n % k
     embeddings: Tensor | None  # of the prompts, where the text encoder is not trained
     step: int = 0
 
