@@ -151,6 +151,7 @@ def load_base(
             "only epsilon and v_prediction are supported"
         )
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.family = family  # `generate_pictures` takes its guidance scale by it
     for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         part.requires_grad_(False)
         part.eval()

@@ -46,7 +46,7 @@ class TrainConfig:
         prediction_type: "epsilon" or "v_prediction"; None is what the base's scheduler says.
         identifier: the word for the subject; "auto" picks a rare token of the base's tokenizer.
         instance_prompt: may hold `{identifier}` and `{class_noun}`.
-        photo_tokens: every second pass, each photograph's prompt ends in a rare token of its own.
+        photo_tokens: in two of three passes each photograph's prompt ends in a rare token of its own.
         class_prompt: the same prompt without the identifier; may hold `{class_noun}`.
         prior: "distill" (the base itself is the teacher), "generated" (pictures made ahead) or "none".
         prior_source: latents that `distill` compares on: "sampled" from the base, or "instance".

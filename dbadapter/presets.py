@@ -19,12 +19,13 @@ class Preset:
         learning_rate: AdamW's, for the UNet's adapter.
         text_encoder_learning_rate: AdamW's, for the text encoder's adapter.
         lr_scheduler: how the rates go on from there, of `config.LR_SCHEDULERS`.
-        photo_tokens: whether each photograph's prompt ends in a rare token of its own every second pass.
+        photo_tokens: whether in two of three passes each photograph's prompt ends in a rare token of its own.
         train_batch_size: instance pictures a step; as many class pictures come with them.
         prior_loss_weight: weight of the prior term (lambda in Ruiz et al. 2022, equation 2).
         num_class_images: class pictures (or class latents, with prior `distill`) sampled from the base.
         checkpointing_steps: optimizer steps between two checkpoints; 0 writes none.
         resolution: pixels a side; None is the base's own.
+        guidance_scale: of classifier-free guidance, when pictures are generated.
     """
 
     source: str
@@ -39,6 +40,7 @@ class Preset:
     num_class_images: int = 200
     checkpointing_steps: int = 200
     resolution: int | None = None
+    guidance_scale: float = 7.5  # the default of diffusers' StableDiffusionPipeline
 
 
 _PUBLISHED = Preset(
@@ -62,8 +64,9 @@ PRESETS: Mapping[str, Preset] = {
         lr_scheduler="linear",
         photo_tokens=True,
         train_batch_size=4,
-        num_class_images=80,
+        num_class_images=40,
         resolution=64,
+        guidance_scale=3.0,
     ),
     "sd1": _PUBLISHED,
     "sd2": _PUBLISHED,

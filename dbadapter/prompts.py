@@ -11,6 +11,8 @@ from dbadapter.tokens import photo_tokens, pick_identifier
 
 __all__ = ["instance_prompts", "resolve"]
 
+PHOTO_TOKEN_PASSES = 2  # passes over the photographs with their tokens, after each plain one
+
 
 def resolve(config: TrainConfig, base: Base, photographs: int) -> TrainConfig:
     """Return the configuration with nothing left open; every prompt of it fits the base's tokenizer.
@@ -38,9 +40,9 @@ def resolve(config: TrainConfig, base: Base, photographs: int) -> TrainConfig:
 def instance_prompts(config: TrainConfig, tokenizer: Any, photographs: int) -> list[list[str]]:
     """Return the prompts of the photographs: rows that passes over the photographs take in turn.
 
-    There is one row, or two with `photo_tokens`: in the second a rare token of each photograph's own stands
+    There is one row; with `photo_tokens` rows follow in which a rare token of each photograph's own stands
     where a place would, "a photo of sks dog on wxv". What only that photograph shows, its background above
-    all, then has a name of its own and is not learned as part of the subject; the first, plain row keeps the
+    all, then has a name of its own and is not learned as part of the subject; the plain row keeps the
     subject from hiding in those names. DisenBooth (Chen et al. 2023, arXiv 2305.03374) splits the two with
     embeddings from an image encoder.
 
@@ -51,4 +53,4 @@ def instance_prompts(config: TrainConfig, tokenizer: Any, photographs: int) -> l
     if not config.photo_tokens:
         return [[prompt] * photographs]
     names = photo_tokens(tokenizer, photographs, config.class_noun, f"{prompt} {config.identifier}")
-    return [[prompt] * photographs, [f"{prompt} on {name}" for name in names]]
+    return [[prompt] * photographs, *[[f"{prompt} on {name}" for name in names]] * PHOTO_TOKEN_PASSES]

@@ -21,6 +21,7 @@ from PIL import Image, PngImagePlugin
 from dbadapter.base import check_prompt
 from dbadapter.errors import BaseError, OutputError, UsageError
 from dbadapter.grid import grid
+from dbadapter.presets import PRESETS
 
 __all__ = [
     "Picture",
@@ -74,7 +75,7 @@ def generate_pictures(
     negative_prompt: str | None = None,
     num_images_per_prompt: int = 1,
     num_inference_steps: int = 25,
-    guidance_scale: float = 5.0,
+    guidance_scale: float | None = None,
     seed: int = 0,
     height: int | None = None,
     width: int | None = None,
@@ -89,6 +90,7 @@ def generate_pictures(
 
     Args:
         pipeline: called like diffusers' StableDiffusionPipeline; left as it was.
+        guidance_scale: of classifier-free guidance; None is the preset of the pipeline's family.
         height, width: pixels; None means the base's own resolution.
         batch_size: pictures denoised together; it changes speed and memory, no picture.
         adapters_text: appended to the prompt in the parameters, as `lora_tags` writes it; not sampled from.
@@ -99,6 +101,8 @@ def generate_pictures(
         DataError: a prompt is too long for the tokenizer.
         BaseError: the model gave values that are not finite.
     """
+    if guidance_scale is None:
+        guidance_scale = PRESETS.get(getattr(pipeline, "family", ""), PRESETS["sd1"]).guidance_scale
     _check_request(
         pipeline,
         prompts,

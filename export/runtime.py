@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from dbadapter.errors import BaseError, UsageError
 
-__all__ = ["load_onnx_pipeline", "open_session", "pick_providers", "run_session"]
+__all__ = ["REPORT_NAME", "load_onnx_pipeline", "open_session", "pick_providers", "run_session"]
 
+REPORT_NAME = "export_report.json"
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 _TORCH_TYPES = {
     "tensor(float)": torch.float32,
@@ -64,6 +65,7 @@ def load_onnx_pipeline(folder: str | Path, providers: Sequence[str] | None = Non
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseError(f"{folder}: the ONNX export cannot be loaded ({reason}); export it again") from error
     pipeline.register_to_config(_name_or_path=str(folder))
+    pipeline.family = _family(folder)  # `generate_pictures` takes its guidance scale by it
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -315,6 +317,15 @@ def _check_folder(folder: Path) -> dict[str, Any]:
         raise BaseError(f"{path} cannot be read ({error}); export the model again") from error
     checked: dict[str, Any] = index
     return checked
+
+
+def _family(folder: Path) -> str:
+    """Return the family of the exported base; "" if the report is lost: the models run without it."""
+    try:
+        family = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))["base"]["family"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return str(family)
 
 
 def _models(folder: Path, sessions: Mapping[str, Any]) -> dict[str, Any]:

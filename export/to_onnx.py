@@ -31,12 +31,12 @@ from dbadapter.export.graphs import (
     component_graphs,
     example_inputs,
 )
+from dbadapter.export.runtime import REPORT_NAME
 
-__all__ = ["OPSET", "REPORT_NAME", "export_onnx", "merged"]
+__all__ = ["OPSET", "export_onnx", "merged"]
 
 # At opset 23 and its Attention operator, ONNX Runtime no longer finds the GroupNorm fusions.
 OPSET = 20
-REPORT_NAME = "export_report.json"
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 Progress = Callable[[str, int, int], None]

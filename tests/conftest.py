@@ -87,3 +87,23 @@ def tiny_base(tiny_base_folder: Path) -> Base:
     from dbadapter.base import load_base
 
     return load_base(str(tiny_base_folder), device="cpu")
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    from PIL import Image
+
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for index in range(3):
+        Image.new("RGB", (48, 40), (80 * index, 90, 120)).save(folder / f"{index}.png")
+    return folder
+
+
+@pytest.fixture
+def train_words(photographs: Path, tmp_path: Path, tiny_base_folder: Path) -> list[str | Path]:
+    """A `train` command that works, up to --dry-run; more options may follow."""
+    return [
+        *("train", "--base", tiny_base_folder, "--instance-data-dir", photographs),
+        *("--class-noun", "dog", "--output-dir", tmp_path / "out"),
+    ]

@@ -1,9 +1,8 @@
-"""The command line: every bad input is one line on standard error and an exit code, and leaves nothing."""
+"""The command line: what the commands print, leave and load, and how they end."""
 
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,52 +13,13 @@ from typing import Any
 
 import click
 import pytest
-from click.testing import CliRunner, Result
-from PIL import Image
+from command_line import assert_refused, raises, run, tree
 
 from dbadapter.cli import main
 from dbadapter.cli.options import parse_adapters
 from dbadapter.errors import OutputError, UsageError
 
 COMMANDS = dict(main.commands)
-
-
-def run(*words: object) -> Result:
-    return CliRunner().invoke(main, [str(word) for word in words], prog_name="dbadapter")
-
-
-def assert_refused(result: Result, code: int, *parts: str) -> None:
-    """One line on standard error that says `parts`, nothing else, and this exit code."""
-    assert isinstance(result.exception, SystemExit), result.exception
-    errors = [line for line in result.stderr.splitlines() if not line.startswith("Warning: no --base")]
-    assert len(errors) == 1, result.stderr
-    assert errors[0].startswith("Error: "), errors[0]
-    for part in parts:
-        assert part in errors[0], f"{part!r} is not in: {errors[0]}"
-    assert result.exit_code == code
-    assert result.stdout == ""
-
-
-def tree(folder: Path) -> set[Path]:
-    return set(folder.rglob("*"))
-
-
-@pytest.fixture
-def photographs(tmp_path: Path) -> Path:
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    for index in range(3):
-        Image.new("RGB", (48, 40), (80 * index, 90, 120)).save(folder / f"{index}.png")
-    return folder
-
-
-@pytest.fixture
-def train_words(photographs: Path, tmp_path: Path, tiny_base_folder: Path) -> list[str | Path]:
-    """A `train` command that works, up to --dry-run; more options may follow."""
-    return [
-        *("train", "--base", tiny_base_folder, "--instance-data-dir", photographs),
-        *("--class-noun", "dog", "--output-dir", tmp_path / "out"),
-    ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -107,101 +67,6 @@ def test_no_command_shows_help() -> None:
     assert "Commands:" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "parts"),
-    [
-        (["trian"], ["No such command 'trian'"]),
-        (["train", "--rnak", "4"], ["--rnak", "--rank"]),
-        (["train", "--rank", "many"], ["'--rank'", "'many'", "dbadapter train --help"]),
-        (["train"], ["--instance-data-dir, --class-noun, --output-dir"]),
-        (["train", "--instance-data-dir", "a", "--output-dir", "b"], ["missing --class-noun", "e.g."]),
-        (["train", "--config", "none.toml"], ["cannot read configuration none.toml"]),
-        (["generate", "--output-dir", "b"], ["'--prompt'"]),
-        (["generate", "--prompt", "a", "--onnx", "x", "--base", "y", "--output-dir", "b"], ["leave out"]),
-        (["generate", "--prompt", "a", "--adapter", "x=big", "--output-dir", "b"], ["a number, got 'big'"]),
-        (["generate", "--prompt", "a", "--adapter", "x=nan", "--output-dir", "b"], ["finite, got nan"]),
-        (["export", "--dtype", "int8", "--output-dir", "b"], ["'int8'", "float32"]),
-        (
-            ["generate", "--prompt", "a", "--onnx", "x", "--prediction-type", "epsilon", "--output-dir", "b"],
-            ["leave out"],
-        ),
-        (["tokens", "--count", "0"], ["--count", "0"]),
-    ],
-)
-def test_bad_usage(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, words: list[str], parts: list[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert_refused(run(*words), 2, *parts)
-    assert not tree(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("words", "part"),
-    [
-        (["--rank", "0"], "rank must be from 1"),
-        (["--max-train-steps", "-3"], "max_train_steps must be from 1"),
-        (["--learning-rate", "nan"], "learning_rate must be greater than 0, got nan"),
-        (["--resolution", "30"], "resolution must be a multiple of 8, got 30"),
-        (["--targets", "attention,mind"], "'mind'"),
-        (["--targets", ","], "targets must name at least one"),
-        (["--resume", "--overwrite"], "exclude each other"),
-        (["--class-noun", " "], "class_noun must say what the subject is"),
-        (["--rank", "0", "--seed", "-1"], "2 faults"),
-    ],
-)
-def test_impossible_numbers(
-    train_words: list[str | Path], tmp_path: Path, words: list[str], part: str
-) -> None:
-    before = tree(tmp_path)
-    assert_refused(run(*train_words, *words), 2, part)
-    assert tree(tmp_path) == before
-
-
-def _missing(folder: Path) -> str:
-    shutil.rmtree(folder)
-    return str(folder)
-
-
-def _empty(folder: Path) -> str:
-    for path in folder.iterdir():
-        path.unlink()
-    return str(folder)
-
-
-def _is_a_file(folder: Path) -> str:
-    shutil.rmtree(folder)
-    folder.write_text("no folder")
-    return str(folder)
-
-
-def _only_junk(folder: Path) -> str:
-    _empty(folder)
-    (folder / ".DS_Store").write_bytes(b"junk")
-    return str(folder)
-
-
-def _no_picture_inside(folder: Path) -> str:
-    (folder / "broken.jpg").write_bytes(b"no picture at all")
-    return "broken.jpg"
-
-
-def _cut_off(folder: Path) -> str:
-    whole = (folder / "1.png").read_bytes()
-    (folder / "1.png").write_bytes(whole[: len(whole) // 2])
-    return "1.png"
-
-
-@pytest.mark.parametrize("spoil", [_missing, _empty, _is_a_file, _only_junk, _no_picture_inside, _cut_off])
-def test_bad_photographs(
-    train_words: list[str | Path], photographs: Path, tmp_path: Path, spoil: Callable[[Path], str]
-) -> None:
-    named = spoil(photographs)
-    before = tree(tmp_path)
-    assert_refused(run(*train_words), 1, named)
-    assert tree(tmp_path) == before
-
-
 def test_junk_files_are_passed_over(train_words: list[str | Path], photographs: Path) -> None:
     (photographs / ".DS_Store").write_bytes(b"junk")
     (photographs / "Thumbs.db").write_bytes(b"junk")
@@ -224,90 +89,6 @@ def test_dry_run_prints_what_config_reads(train_words: list[str | Path], tmp_pat
     assert "rank = 3\n" in changed
 
 
-@pytest.mark.parametrize("option", ["--instance-prompt", "--class-prompt", "--validation-prompt"])
-def test_prompt_too_long(train_words: list[str | Path], tmp_path: Path, option: str) -> None:
-    text = "a photo of " + "very " * 100 + "large dog"
-    if option == "--instance-prompt":
-        text = "{identifier} " + text
-    before = tree(tmp_path)
-    assert_refused(run(*train_words, option, text), 1, "prompt")
-    assert_refused(run(*train_words, option, text, "--dry-run"), 1, "prompt")
-    assert tree(tmp_path) == before
-
-
-def test_generate_prompt_too_long(tmp_path: Path, tiny_base_folder: Path) -> None:
-    words = ["generate", "--base", tiny_base_folder, "--output-dir", tmp_path / "out"]
-    assert_refused(run(*words, "--prompt", "very " * 100), 1, "prompt")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "words", [["generate", "--prompt", "a"], ["export", "--onnx"], ["tokens"]], ids=lambda words: words[0]
-)
-def test_base_that_is_none(tmp_path: Path, words: list[str]) -> None:
-    output = [] if words == ["tokens"] else ["--output-dir", tmp_path / "out"]
-    assert_refused(run(*words, *output, "--base", tmp_path / "nothing"), 1, "nothing", "toybox")
-    (tmp_path / "empty").mkdir()
-    assert_refused(run(*words, *output, "--base", tmp_path / "empty"), 1, "empty")
-    assert not (tmp_path / "out").exists()
-
-
-def test_train_on_a_base_that_is_none(train_words: list[str | Path], tmp_path: Path) -> None:
-    before = tree(tmp_path)
-    assert_refused(run(*train_words, "--base", tmp_path / "nothing"), 1, "nothing", "toybox")
-    assert tree(tmp_path) == before
-
-
-@pytest.mark.parametrize("content", [b"", b"no safetensors", b"\x08\0\0\0\0\0\0\0{}      "])
-def test_adapter_that_is_none(tmp_path: Path, tiny_base_folder: Path, content: bytes) -> None:
-    path = tmp_path / "dog.safetensors"
-    path.write_bytes(content)
-    for command in (["generate", "--prompt", "a"], ["export"]):
-        words = [*command, "--base", tiny_base_folder, "--output-dir", tmp_path / "out"]
-        assert_refused(run(*words, "--adapter", path), 1, "dog.safetensors")
-        assert_refused(run(*words, "--adapter", tmp_path / "gone.safetensors"), 1, "gone.safetensors")
-    assert not (tmp_path / "out").exists()
-
-
-def test_adapter_for_another_base(tmp_path: Path, tiny_base_folder: Path) -> None:
-    import torch
-
-    from dbadapter.adapter import Adapter, LoraWeights
-    from dbadapter.adapter_file import write_adapter
-
-    module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    weights = LoraWeights(lora_A=torch.zeros(2, 320), lora_B=torch.zeros(320, 2), alpha=2.0)
-    path = tmp_path / "dog.safetensors"
-    write_adapter(path, Adapter(family="sd1", modules={module: weights}, metadata={}))
-    for command in (["generate", "--prompt", "a"], ["export"]):
-        words = [*command, "--base", tiny_base_folder, "--output-dir", tmp_path / "out"]
-        assert_refused(run(*words, "--adapter", path), 1, "320")
-    assert not (tmp_path / "out").exists()
-
-
-def test_output_that_exists(train_words: list[str | Path], tmp_path: Path, tiny_base_folder: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "out.safetensors").write_bytes(b"mine")
-    (out / "0000.png").write_bytes(b"mine")
-    before = tree(tmp_path)
-    base = ["--base", tiny_base_folder, "--output-dir", out]
-    for extra in ([], ["--dry-run"]):
-        assert_refused(run(*train_words, *extra), 1, "out", "--overwrite")
-    assert_refused(run("generate", "--prompt", "a", *base), 1, "out", "--overwrite")
-    assert_refused(run("export", *base), 1, "out", "--overwrite")
-    assert_refused(run("demo", "--output-dir", out), 1, "out")
-    assert tree(tmp_path) == before
-    assert (out / "out.safetensors").read_bytes() == b"mine"
-
-
-@pytest.mark.parametrize("option", ["--num-inference-steps", "--num-images-per-prompt"])
-def test_generate_impossible_numbers(tmp_path: Path, tiny_base_folder: Path, option: str) -> None:
-    words = ["generate", "--base", tiny_base_folder, "--prompt", "a", "--output-dir", tmp_path / "out"]
-    assert_refused(run(*words, option, "0"), 2, "0")
-    assert not (tmp_path / "out").exists()
-
-
 def test_generate_writes_pictures(tmp_path: Path, tiny_base_folder: Path) -> None:
     words = ["generate", "--base", tiny_base_folder, "--output-dir", tmp_path / "out"]
     words += ["--prompt", "a dog", "--prompt", "a cat", "--num-inference-steps", "2"]
@@ -318,10 +99,17 @@ def test_generate_writes_pictures(tmp_path: Path, tiny_base_folder: Path) -> Non
     assert run(*words, "--overwrite").exit_code == 0
 
 
-def test_onnx_folder_that_is_none(tmp_path: Path) -> None:
-    words = ["generate", "--prompt", "a", "--output-dir", tmp_path / "out", "--onnx"]
-    assert_refused(run(*words, tmp_path / "gone"), 1, "gone")
-    assert not (tmp_path / "out").exists()
+def test_train_says_what_it_made(train_words: list[str | Path], tmp_path: Path) -> None:
+    words = [*train_words, "--max-train-steps", "2", "--num-class-images", "2", "--rank", "2"]
+    result = run(*words)
+    assert result.exit_code == 0, result.stderr
+    assert result.stderr == ""
+    adapter = tmp_path / "out" / "out.safetensors"
+    assert f"Adapter: {adapter}\n" in result.stdout
+    assert result.stdout.startswith("2 steps in ")
+    before = {path: path.read_bytes() for path in tree(tmp_path) if path.is_file()}
+    assert_refused(run(*words), 1, "out", "--overwrite")
+    assert {path: path.read_bytes() for path in tree(tmp_path) if path.is_file()} == before
 
 
 def test_tokens(tiny_base_folder: Path) -> None:
@@ -350,19 +138,6 @@ def test_warnings_are_one_line(train_words: list[str | Path]) -> None:
     assert result.exit_code == 0
     assert result.stderr.startswith("Warning: identifier 'table'")
     assert result.stderr.count("\n") == 1
-
-
-def test_train_says_what_it_made(train_words: list[str | Path], tmp_path: Path) -> None:
-    words = [*train_words, "--max-train-steps", "2", "--num-class-images", "2", "--rank", "2"]
-    result = run(*words)
-    assert result.exit_code == 0, result.stderr
-    assert result.stderr == ""
-    adapter = tmp_path / "out" / "out.safetensors"
-    assert f"Adapter: {adapter}\n" in result.stdout
-    assert result.stdout.startswith("2 steps in ")
-    before = {path: path.read_bytes() for path in tree(tmp_path) if path.is_file()}
-    assert_refused(run(*words), 1, "out", "--overwrite")
-    assert {path: path.read_bytes() for path in tree(tmp_path) if path.is_file()} == before
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to one process there")
@@ -397,13 +172,6 @@ def test_interrupt_ends_cleanly(train_words: list[str | Path], tmp_path: Path) -
     assert not [name for name in left if name.endswith((".tmp", ".partial"))]
 
 
-def _raises(error: BaseException) -> Callable[..., Any]:
-    def load(*_: Any, **__: Any) -> Any:
-        raise error
-
-    return load
-
-
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
@@ -416,39 +184,11 @@ def _raises(error: BaseException) -> Callable[..., Any]:
 def test_what_comes_from_outside(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
 ) -> None:
-    monkeypatch.setattr("dbadapter.base_folder.load_tokenizer", _raises(error))
+    monkeypatch.setattr("dbadapter.base_folder.load_tokenizer", raises(error))
     result = run("tokens")
     assert result.stderr.startswith(line)
     assert result.stderr.count("\n") == 1
     assert result.exit_code == code
-
-
-def test_out_of_memory_names_what_the_command_can_lower(
-    monkeypatch: pytest.MonkeyPatch, train_words: list[str | Path], tmp_path: Path
-) -> None:
-    for module in ("base", "plan"):
-        monkeypatch.setattr(f"dbadapter.{module}.load_base", _raises(MemoryError()))
-    assert_refused(run(*train_words, "--dry-run"), 1, "out of memory", "--train-batch-size")
-    words = ["generate", "--prompt", "a", "--output-dir", tmp_path / "pictures"]
-    assert_refused(run(*words), 1, "out of memory", "--num-images-per-prompt")
-
-
-@pytest.mark.parametrize("option", ["--output-dir", "--instance-data-dir"])
-def test_empty_paths_are_not_the_current_folder(train_words: list[str | Path], option: str) -> None:
-    assert_refused(run(*train_words, option, ""), 2, option, "must not be empty")
-
-
-@pytest.mark.parametrize("missing", [True, False])
-def test_an_error_without_base_is_one_line(photographs: Path, tmp_path: Path, missing: bool) -> None:
-    if missing:
-        _missing(photographs)
-    else:
-        _cut_off(photographs)
-    words = ["train", "--class-noun", "dog", "--output-dir", tmp_path / "out"]
-    result = run(*words, "--instance-data-dir", photographs)
-    assert result.exit_code == 1
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert result.stderr.startswith("Error: ")
 
 
 def test_the_toybox_warning_comes_once_before_training(
@@ -463,25 +203,6 @@ def test_the_toybox_warning_comes_once_before_training(
     words = ["train", "--class-noun", "dog", "--output-dir", tmp_path / "out"]
     result = run(*words, "--instance-data-dir", photographs)
     assert [line[:19] for line in result.stderr.splitlines()] == ["Warning: no --base ", "Error: enough"]
-
-
-def test_prediction_type_of_the_adapter(tmp_path: Path, tiny_base_folder: Path) -> None:
-    import torch
-
-    from dbadapter.adapter import Adapter, LoraWeights
-    from dbadapter.adapter_file import write_adapter
-
-    module = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
-    weights = LoraWeights(lora_A=torch.zeros(2, 32), lora_B=torch.zeros(32, 2), alpha=2.0)
-    path = tmp_path / "dog.safetensors"
-    write_adapter(path, Adapter("sd1", {module: weights}, {"modelspec.prediction_type": "v"}))
-    for command in (["generate", "--prompt", "a"], ["export"]):
-        words = [*command, "--base", tiny_base_folder, "--adapter", path, "--output-dir", tmp_path / "out"]
-        assert_refused(run(*words), 1, "this base says epsilon", "--prediction-type v_prediction")
-    words = ["generate", "--prompt", "a", "--base", tiny_base_folder, "--adapter", path]
-    words += ["--output-dir", tmp_path / "out", "--num-inference-steps", "1"]
-    result = run(*words, "--prediction-type", "v_prediction")
-    assert result.exit_code == 0, result.stderr
 
 
 def test_export_into_an_empty_folder_is_the_librarys_to_refuse(
@@ -503,21 +224,8 @@ def test_export_into_an_empty_folder_is_the_librarys_to_refuse(
     assert f"--onnx '{out}' --prompt" in result.stdout
 
 
-def test_a_folder_is_no_earlier_demo_because_of_a_files_name(tmp_path: Path) -> None:
-    from dbadapter import demo
-
-    for content in ("{}", "[1]", "no JSON", '{"finished": true}'):
-        (tmp_path / "summary.json").write_text(content)
-        (tmp_path / "demo.png").write_bytes(b"mine")
-        assert_refused(run("demo", "--output-dir", tmp_path), 1, "holds no earlier demo")
-        assert (tmp_path / "summary.json").read_text() == content
-        assert (tmp_path / "demo.png").read_bytes() == b"mine"
-    demo._prepare(tmp_path / "new", overwrite=True)
-    demo._prepare(tmp_path / "new", overwrite=True)  # marked as ours from the start
-
-
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dbadapter.base_folder.load_tokenizer", _raises(ZeroDivisionError("a bug")))
+    monkeypatch.setattr("dbadapter.base_folder.load_tokenizer", raises(ZeroDivisionError("a bug")))
     assert isinstance(run("tokens").exception, ZeroDivisionError)
 
 

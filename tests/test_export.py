@@ -18,7 +18,7 @@ from dbadapter.errors import AdapterError, ExportError, OutputError, UsageError
 from dbadapter.export import export_onnx, parity, to_onnx
 from dbadapter.export.graphs import Sizes, component_graphs, example_inputs
 from dbadapter.export.parity import compare, gate_sizes, relative_error, synthetic_adapter
-from dbadapter.export.runtime import pick_providers
+from dbadapter.export.runtime import REPORT_NAME, pick_providers
 
 
 @pytest.fixture(scope="module")
@@ -166,14 +166,14 @@ def test_a_finished_export_replaces_an_older_one(
 ) -> None:
     old = tmp_path / "onnx"
     old.mkdir()
-    (old / to_onnx.REPORT_NAME).write_text("{}")
+    (old / REPORT_NAME).write_text("{}")
     (old / "stale").write_text("")
     monkeypatch.setattr(to_onnx, "_convert", lambda graph, inputs, path: path.parent.mkdir(parents=True))
     entry: dict[str, Any] = {}
     components = {name: dict(entry) for name in component_graphs(base)}
     monkeypatch.setattr(parity, "check", lambda *args, **settings: {"components": components, "picture": {}})
     report = export_onnx(base, {}, old, overwrite=True)
-    assert json.loads((old / to_onnx.REPORT_NAME).read_text()) == report
+    assert json.loads((old / REPORT_NAME).read_text()) == report
     assert not (old / "stale").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
 
@@ -198,7 +198,7 @@ def test_the_current_folder_has_a_name_too(
     components: dict[str, Any] = {name: {} for name in component_graphs(base)}
     monkeypatch.setattr(parity, "check", lambda *args, **settings: {"components": components, "picture": {}})
     export_onnx(base, {}, ".")
-    assert (folder / to_onnx.REPORT_NAME).is_file()
+    assert (folder / REPORT_NAME).is_file()
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
 
 

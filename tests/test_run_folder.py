@@ -68,6 +68,13 @@ def test_a_killed_run_gives_it_back_at_the_next_start(earlier: RunFolder) -> Non
     assert (earlier.checkpoints / "step-000002.safetensors").read_bytes() == b"earlier"
 
 
+def test_resume_finds_what_a_killed_run_had_set_aside(earlier: RunFolder, photographs: Path) -> None:
+    earlier.start(CONFIG, resumed_step=0)
+    RunFolder(earlier.path, earlier.name).check(photographs, overwrite=False, resume=True)
+    assert (earlier.checkpoints / "step-000002.safetensors").read_bytes() == b"earlier"
+    assert len(earlier.read_metrics()) == 2
+
+
 def test_a_settled_run_lets_the_earlier_one_go(earlier: RunFolder) -> None:
     earlier.start(CONFIG, resumed_step=0)
     earlier.settle()

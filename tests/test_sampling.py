@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,17 @@ def test_picture_i_uses_seed_plus_i_whatever_the_batch(tiny_base: Base) -> None:
     (third,) = make([PROMPTS[1]], seed=9)
     assert np.abs(pixels(third) - pixels(together[2])).max() <= 1
     assert np.abs(pixels(together[0]) - pixels(together[1])).max() > 20
+
+
+@pytest.mark.parametrize(("family", "expected"), [("toybox", "3"), ("sd1", "7.5"), (None, "7.5")])
+def test_guidance_is_the_familys(tiny_base: Base, family: str | None, expected: str) -> None:
+    pipeline = copy.copy(tiny_base.pipeline)
+    if family is None:
+        del pipeline.family
+    else:
+        pipeline.family = family
+    (picture,) = generate_pictures(pipeline, PROMPTS[:1], num_inference_steps=1)
+    assert f"CFG scale: {expected}," in picture.parameters
 
 
 def test_size_progress_and_the_pipelines_own_bar(tiny_base: Base) -> None:

@@ -62,8 +62,8 @@ def _load(spec: str, **options: Any) -> Base:
               help="Pictures of each prompt.")  # fmt: skip
 @click.option("--num-inference-steps", type=int, default=25, show_default=True, metavar="N",
               help="Denoising steps.")  # fmt: skip
-@click.option("--guidance-scale", type=float, default=5.0, show_default=True, metavar="X",
-              help="How strictly to follow the prompt.")  # fmt: skip
+@click.option("--guidance-scale", type=float, metavar="X",
+              help="How strictly to follow the prompt.  [default: 3 on toybox, else 7.5]")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N",
               help="Picture i uses seed + i.")  # fmt: skip
 @output_option

@@ -115,9 +115,8 @@ train_options = join_options(
     click.option("--instance-prompt", metavar="TEXT",
                  help="Prompt of the photographs.  [default: a photo of {identifier} {class_noun}]"),
     click.option("--photo-tokens/--no-photo-tokens", default=None,
-                 help="Every second time, end a photograph's prompt in a rare token of its own, which takes "
-                 "its background.  "
-                 "[preset]"),
+                 help="In two of three passes, end each photograph's prompt in a rare token of its own, "
+                 "which takes its background.  [preset]"),
     click.option("--class-prompt", metavar="TEXT",
                  help="The same without the identifier.  [default: a photo of a {class_noun}]"),
     click.option("--prior", type=click.Choice(PRIORS),

@@ -21,8 +21,7 @@ from dbadapter.errors import BaseError, OutputError, UsageError
 from dbadapter.export import export_onnx, load_onnx_pipeline
 from dbadapter.export.graphs import SCALING_FACTOR, component_graphs
 from dbadapter.export.parity import EFFECT_OVER_TOLERANCE, TOLERANCE, relative_error, synthetic_adapter
-from dbadapter.export.runtime import COMPONENTS
-from dbadapter.export.to_onnx import REPORT_NAME
+from dbadapter.export.runtime import COMPONENTS, REPORT_NAME
 from dbadapter.sampling import Picture, generate_pictures
 
 PROMPTS = ["a photo of sks cat", "a dog on the beach"]
