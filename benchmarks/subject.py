@@ -26,6 +26,7 @@ from benchmarks import report
 from benchmarks.toybox import JUDGES, tensor_of
 from dbadapter import lora
 from dbadapter.base import Base, load_base
+from dbadapter.presets import PRESETS
 from dbadapter.sampling import generate_pictures, grid
 from dbadapter.toybox import captions, names, world
 from dbadapter.toybox.judges import Judges, judges, to_tensor
@@ -106,13 +107,16 @@ def references(judge: Judges, base: Base, subject: Subject, each: int) -> tuple[
     return own, similarity(judge.embed(back), own), floor
 
 
-def pictures(base: Base, prompts: list[str], each: int, steps: int, seed: int = 1000) -> list[Image.Image]:
-    """Return `each` pictures of every prompt."""
+def pictures(
+    base: Base, prompts: list[str], each: int, steps: int, guidance: float | None = None, seed: int = 1000
+) -> list[Image.Image]:
+    """Return `each` pictures of every prompt; guidance None is the base's preset."""
     made = generate_pictures(
         base.pipeline,
         prompts,
         num_images_per_prompt=each,
         num_inference_steps=steps,
+        guidance_scale=guidance,
         seed=seed,
         batch_size=12,
     )
@@ -140,6 +144,7 @@ def measure(
     variants: list[str],
     work: Path,
     options: list[str],
+    guidance: float | None,
     quick: bool,
 ) -> dict[str, Any]:
     """Train one subject in every variant; return its figures, and keep a sheet of pictures beside them."""
@@ -150,10 +155,14 @@ def measure(
     noun = f"{IDENTIFIER} {subject.noun}"
     prompts = [captions.prompt(noun, context) for context in TEST_CONTEXTS]
     class_prompts = [captions.prompt(captions.article(subject.noun))]
-    before, class_before = (
-        pictures(base, prompts, each, steps),
-        pictures(base, class_prompts, class_count, steps),
-    )
+
+    def drawn() -> tuple[list[Image.Image], list[Image.Image]]:
+        return (
+            pictures(base, prompts, each, steps, guidance),
+            pictures(base, class_prompts, class_count, steps, guidance),
+        )
+
+    before, class_before = drawn()
     spread = diversity(judge.embed(tensor_of(class_before)))
     start = score(judge, subject, own, before, each)
     truth = [Image.fromarray(p) for p in render(views(subject, TEST_CONTEXTS, stream=1))[0]]
@@ -165,10 +174,7 @@ def measure(
         seconds, memory = train(folder / "photographs", output, subject.noun, [*options, *VARIANTS[variant]])
         file = output / "subject.safetensors"
         lora.apply(base.pipeline, {file: 1.0})
-        after, class_after = (
-            pictures(base, prompts, each, steps),
-            pictures(base, class_prompts, class_count, steps),
-        )
+        after, class_after = drawn()
         lora.apply(base.pipeline, {})
         reached, vectors = score(judge, subject, own, after, each), judge.embed(tensor_of(class_after))
         results[variant] = {
@@ -223,6 +229,9 @@ def summary(subjects: dict[str, Any], variants: list[str]) -> dict[str, Any]:
 @click.option(
     "--option", "options", multiple=True, help="A further `dbadapter train` option, as --option=--rank=4."
 )
+@click.option(
+    "--guidance-scale", "guidance", type=float, help="Of the pictures.  [default: the base's preset]"
+)
 @click.option("--quick", is_flag=True, help="One subject, few steps: checks the machinery, measures nothing.")
 def main(
     json_path: Path | None,
@@ -230,6 +239,7 @@ def main(
     variants: str,
     subjects: int,
     options: tuple[str, ...],
+    guidance: float | None,
     quick: bool,
 ) -> None:
     """Measure `dbadapter train` on held-out subjects and print JSON."""
@@ -245,10 +255,17 @@ def main(
     work = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-subject-"))
     measured: dict[str, Any] = {}
     for subject in SUBJECTS[: 1 if quick else subjects]:
-        measured[subject.name] = measure(base, judge, subject, chosen, work, extra, quick)
+        measured[subject.name] = measure(base, judge, subject, chosen, work, extra, guidance, quick)
         click.echo(f"{subject.name}: {measured[subject.name]}", err=True)
     report.write(
-        {"benchmark": "subject", "quick": quick, **summary(measured, chosen), "subjects": measured}, json_path
+        {
+            "benchmark": "subject",
+            "quick": quick,
+            "guidance_scale": guidance or PRESETS["toybox"].guidance_scale,
+            **summary(measured, chosen),
+            "subjects": measured,
+        },
+        json_path,
     )
 
 
