@@ -261,7 +261,8 @@ def main(
         {
             "benchmark": "subject",
             "quick": quick,
-            "guidance_scale": guidance or PRESETS["toybox"].guidance_scale,
+            "options": list(options),
+            "guidance_scale": PRESETS["toybox"].guidance_scale if guidance is None else guidance,
             **summary(measured, chosen),
             "subjects": measured,
         },

@@ -56,7 +56,7 @@ _PUBLISHED = Preset(
 
 PRESETS: Mapping[str, Preset] = {
     "toybox": Preset(
-        source="trials on toybox: docs/decisions/0007-photo-tokens.md",
+        source="trials on toybox: docs/decisions/0007-photo-tokens.md and 0008-guidance-by-family.md",
         targets=("attention", "feed-forward"),
         max_train_steps=300,
         learning_rate=2e-3,

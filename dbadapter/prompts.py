@@ -29,8 +29,9 @@ def resolve(config: TrainConfig, base: Base, photographs: int) -> TrainConfig:
     resolved = config.resolved(base.family, base.resolution, identifier)
     for prompt in (str(resolved.instance_prompt), str(resolved.class_prompt), *resolved.validation_prompt):
         check_prompt(base.tokenizer, prompt)
+    with_tokens = instance_prompts(resolved, base.tokenizer, photographs)[-1]
     try:
-        for prompt in instance_prompts(resolved, base.tokenizer, photographs)[-1]:
+        for prompt in with_tokens:
             check_prompt(base.tokenizer, prompt)
     except DataError as error:
         raise DataError(f"with the photograph's own token {error}, or pass --no-photo-tokens") from None

@@ -85,8 +85,11 @@ class RunFolder:
                 "pass another --output-dir"
             )
         if resume and not self._own_checkpoints():
-            self._put_back()  # what a run that was killed before its first checkpoint had set aside
-        if resume and not self._own_checkpoints():
+            if self._earlier.is_dir():
+                raise OutputError(
+                    f"{self.path} holds no checkpoint of the run that was cut; pass --overwrite to start it "
+                    f"anew, or move what {self._earlier} keeps of the run before it back to {self.path}"
+                )
             raise OutputError(f"{self.path} holds no checkpoint to resume from; leave out --resume")
         present = [path.name for path in self._outputs() if path.exists()]
         if overwrite and present and not self._is_run():

@@ -90,7 +90,8 @@ def generate_pictures(
 
     Args:
         pipeline: called like diffusers' StableDiffusionPipeline; left as it was.
-        guidance_scale: of classifier-free guidance; None is the preset of the pipeline's family.
+        guidance_scale: of classifier-free guidance; None is the preset of the pipeline's family, which
+            ours carry, and 7.5 for any other pipeline.
         height, width: pixels; None means the base's own resolution.
         batch_size: pictures denoised together; it changes speed and memory, no picture.
         adapters_text: appended to the prompt in the parameters, as `lora_tags` writes it; not sampled from.

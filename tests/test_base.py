@@ -52,6 +52,7 @@ def test_toybox_is_its_own_family() -> None:
     base = load_base("toybox", device="cpu")
     assert (base.name, base.family, base.resolution) == ("toybox", "toybox", 64)
     assert base.prediction_type == "v_prediction"
+    assert base.pipeline.family == "toybox"  # its pictures take the guidance scale by it
 
 
 def test_family_comes_from_configs_not_from_the_name(folder: Path) -> None:

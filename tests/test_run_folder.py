@@ -68,11 +68,13 @@ def test_a_killed_run_gives_it_back_at_the_next_start(earlier: RunFolder) -> Non
     assert (earlier.checkpoints / "step-000002.safetensors").read_bytes() == b"earlier"
 
 
-def test_resume_finds_what_a_killed_run_had_set_aside(earlier: RunFolder, photographs: Path) -> None:
+def test_resume_names_what_a_killed_run_had_set_aside(earlier: RunFolder, photographs: Path) -> None:
+    """It moves nothing: the run may still be going on, and the one before it is not what was asked for."""
     earlier.start(CONFIG, resumed_step=0)
-    RunFolder(earlier.path, earlier.name).check(photographs, overwrite=False, resume=True)
-    assert (earlier.checkpoints / "step-000002.safetensors").read_bytes() == b"earlier"
-    assert len(earlier.read_metrics()) == 2
+    before = set(earlier.path.rglob("*"))
+    with pytest.raises(OutputError, match=r"move what .*\.earlier-run keeps of the run before it"):
+        RunFolder(earlier.path, earlier.name).check(photographs, overwrite=False, resume=True)
+    assert set(earlier.path.rglob("*")) == before
 
 
 def test_a_settled_run_lets_the_earlier_one_go(earlier: RunFolder) -> None:

@@ -22,11 +22,14 @@ from dbadapter.cli.options import (
 from dbadapter.cli.train import train
 from dbadapter.config import TrainConfig
 from dbadapter.errors import UsageError
+from dbadapter.presets import PRESETS
 
 if TYPE_CHECKING:
     from dbadapter.base import Base
 
 __all__ = ["main"]
+
+_GUIDANCE = {family: preset.guidance_scale for family, preset in PRESETS.items()}
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -63,7 +66,8 @@ def _load(spec: str, **options: Any) -> Base:
 @click.option("--num-inference-steps", type=int, default=25, show_default=True, metavar="N",
               help="Denoising steps.")  # fmt: skip
 @click.option("--guidance-scale", type=float, metavar="X",
-              help="How strictly to follow the prompt.  [default: 3 on toybox, else 7.5]")  # fmt: skip
+              help="How strictly to follow the prompt.  "
+              f"[default: {_GUIDANCE['toybox']:g} on toybox, else {_GUIDANCE['sd1']:g}]")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N",
               help="Picture i uses seed + i.")  # fmt: skip
 @output_option

@@ -1,8 +1,8 @@
 """Trains the embedded base from scratch: `python -m dbadapter.toybox.pretrain --work-dir DIR`.
 
 Five stages, each resumable and skipped once done: pictures (drawn by the renderer), text (the
-encoder learns to read captions), vae, latents, unet (with the text encoder, EMA), then the fp16
-folder is written. Rates and losses are those of the literature named at each stage.
+encoder learns to read captions), vae, latents, unet (on the frozen text encoder, EMA), then the
+fp16 folder is written. Rates and losses are those of the literature named at each stage.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -70,6 +71,16 @@ def largest_difference(ones: list[Picture], others: list[Picture]) -> int:
         int(np.abs(np.asarray(one.image).astype(int) - np.asarray(other.image).astype(int)).max())
         for one, other in pairs
     )
+
+
+def test_the_family_goes_with_the_export(exported: Exported, tmp_path: Path) -> None:
+    folder = tmp_path / "onnx"
+    shutil.copytree(exported.folder, folder)
+    report = folder / REPORT_NAME
+    report.write_text(report.read_text().replace('"sd1"', '"toybox"'))
+    assert load_onnx_pipeline(folder).family == "toybox"
+    report.unlink()
+    assert load_onnx_pipeline(folder).family == ""
 
 
 def test_the_report_says_what_was_compared(exported: Exported) -> None:
