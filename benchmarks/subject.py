@@ -205,15 +205,16 @@ def summary(subjects: dict[str, Any], variants: list[str]) -> dict[str, Any]:
         return round(float(np.mean(values)), 4)
 
     rows = list(subjects.values())
-    out: dict[str, Any] = {
+    shared: dict[str, Any] = {
         key: mean([row[key] for row in rows])
         for key in ("similarity_before", "similarity_ceiling", "similarity_floor")
     }
+    out = dict(shared)
     for variant in variants:
         figures = {
             key: mean([row["variants"][variant][key] for row in rows]) for key in rows[0]["variants"][variant]
         }
-        out.update(figures if variant == "default" else {variant: figures})
+        out.update(figures if variant == "default" else {variant: shared | figures})
     return out
 
 
