@@ -323,7 +323,7 @@ def _loop(run: Run, folder: RunFolder, found: Plan, report: Progress) -> None:
         if good is not None:
             checkpoint.write(folder.checkpoints, good)
             if isinstance(error, KeyboardInterrupt):
-                raise KeyboardInterrupt(f"add --resume to go on from step {good.step}") from None
+                raise type(error)(f"add --resume to go on from step {good.step}") from None
         raise
 
 

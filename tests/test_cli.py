@@ -140,8 +140,14 @@ def test_warnings_are_one_line(train_words: list[str | Path]) -> None:
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to one process there")
-def test_interrupt_ends_cleanly(train_words: list[str | Path], tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="signals cannot be sent to one process there")
+@pytest.mark.parametrize(
+    ("number", "cause", "code"),
+    [(signal.SIGINT, "interrupted from the keyboard", 130), (signal.SIGTERM, "terminated by SIGTERM", 143)],
+)
+def test_signals_end_a_run_cleanly(
+    train_words: list[str | Path], tmp_path: Path, number: int, cause: str, code: int
+) -> None:
     words = [*train_words, "--max-train-steps", "1000000", "--num-class-images", "2"]
     command = [sys.executable, "-m", "dbadapter", *map(str, words)]
     process = subprocess.Popen(
@@ -158,15 +164,13 @@ def test_interrupt_ends_cleanly(train_words: list[str | Path], tmp_path: Path) -
         while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
             assert process.poll() is None, process.communicate()[1]
             time.sleep(0.2)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert re.fullmatch(
-        r"Aborted: interrupted from the keyboard(; add --resume to go on from step \d+)?\n", stderr
-    )
+    assert re.fullmatch(rf"Aborted: {cause}(; add --resume to go on from step \d+)?\n", stderr)
     assert stdout == ""
-    assert process.returncode == 130
+    assert process.returncode == code
     left = {path.name for path in tree(tmp_path / "out") if path.is_file()}
     assert "out.safetensors" not in left
     assert not [name for name in left if name.endswith((".tmp", ".partial"))]

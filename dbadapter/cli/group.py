@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +30,7 @@ class Group(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run a command; exit 0 (done), 1 (bad data), 2 (bad usage) or 130 (interrupted)."""
+        """Run a command; exit 0 (done), 1 (bad data), 2 (bad usage), 130 (Ctrl-C) or 143 (SIGTERM)."""
         if not standalone_mode:
             return super().main(args, prog_name, complete_var, standalone_mode=False, **extra)
         try:
@@ -49,14 +51,17 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Turn what the library raises on purpose, and what a machine runs out of, into one line."""
         try:
-            return super().invoke(ctx)
+            with _terminable():
+                return super().invoke(ctx)
         except DbadapterError as error:
             _fail(str(error), error.exit_code)
         except KeyboardInterrupt as error:
             # Here, because click would print an empty line and forget the exit code of SIGINT.
             cure = f"; {error}" if str(error) else ""
-            click.echo(f"Aborted: interrupted from the keyboard{cure}", err=True)
-            sys.exit(130)
+            terminated = isinstance(error, _Terminated)
+            cause = "terminated by SIGTERM" if terminated else "interrupted from the keyboard"
+            click.echo(f"Aborted: {cause}{cure}", err=True)
+            sys.exit(143 if terminated else 130)
         except BrokenPipeError:
             # The reader of our output went away, e.g. `| head`; Python would complain again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,6 +73,25 @@ class Group(click.Group):
             if not _is_out_of_memory(error):
                 raise
             _fail(f"out of memory: {_MEMORY_CURES.get(str(ctx.invoked_subcommand), _MEMORY_CURE)}")
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does: what is finished is saved, the rest taken away."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    def terminate(number: int, frame: Any) -> NoReturn:
+        raise _Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 _MEMORY_CURE = "close other programs, or use a machine with more memory"
