@@ -68,7 +68,8 @@ def _resumed(config: TrainConfig, folder: RunFolder, identity: Mapping[str, Any]
     snapshot = checkpoint.read(path)
     checkpoint.check_same_run(snapshot, identity)
     # A run that was stopped between its last step and its file is finished by --resume.
-    if snapshot.step >= int(config.max_train_steps or 0) and folder.finished:
+    beyond = snapshot.step - int(config.max_train_steps or 0)
+    if beyond > 0 or (beyond == 0 and folder.finished):
         raise UsageError(
             f"{folder.path} has {snapshot.step} steps already; to go on pass --max-train-steps above that"
         )

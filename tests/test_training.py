@@ -344,6 +344,8 @@ def test_interrupted_run_can_be_resumed(
     assert not (config.output_dir / "out.safetensors").exists()
     with pytest.raises(OutputError, match="pass --resume to go on with that run"):
         train(config)
+    with pytest.raises(UsageError, match="has 2 steps already; to go on pass --max-train-steps above that"):
+        train(replace(config, resume=True, max_train_steps=1))  # its steps cannot be taken back
     with monkeypatch.context() as patch:
         stop_at(patch, 2, lambda: float("nan"))
         with pytest.raises(TrainingError, match="add --resume to go on from step 2"):

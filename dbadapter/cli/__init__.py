@@ -118,7 +118,8 @@ def generate(
             progress=progress.of("generating"),
         )
     paths = save_pictures(pictures, output_dir, overwrite)
-    click.echo(f"{len(pictures)} pictures in {output_dir}, all of them in {paths[-1]}")
+    number = "1 picture" if len(pictures) == 1 else f"{len(pictures)} pictures"
+    click.echo(f"{number} in {output_dir}, together in {paths[-1]}")
 
 
 @main.command()
