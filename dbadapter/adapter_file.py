@@ -1,5 +1,7 @@
 """The adapter's file: safetensors in kohya's layout, the one that every tool reads, and safe reading of it.
 
+SDXL files have LDM's names in the UNet and `lora_te1_`, `lora_te2_`; SD1 and SD2 files have diffusers' names.
+
 A file is written whole beside its target and then renamed. Reading runs no code from the file, checks
 everything, and refuses by name what it could not keep.
 """
@@ -27,6 +29,7 @@ from dbadapter.adapter_metadata import (
     AdapterDescription,
     family_of,
     file_metadata,
+    layers_per_block,
     legacy_hash,
     sidecar,
     tensor_hashes,
@@ -66,14 +69,16 @@ def write_adapter(
 
     Args:
         path: ends in `.safetensors`; its folder is made if need be.
-        adapter: an SD1-like adapter.
+        adapter: its family decides about names. SDXL's count layers in one row: where the UNet has not 2
+            layers per block, `adapter.metadata["dbadapter.layers_per_block"]` says so, else names tell.
         dtype: of the factors in the file: float16, bfloat16 or float32. alpha is always float32.
         description: what other programs shall show.
         preview: a picture of the subject, for the header's thumbnail and the PNG.
         sidecars: False writes the one file only.
         overwrite: replace files that exist.
     Raises:
-        AdapterError: a factor is not finite or too large for the dtype, or the family cannot be written.
+        AdapterError: a factor is not finite or too large for the dtype, the family cannot be written, or
+            has no name for a layer.
         OutputError: an output exists already, or cannot be written.
     """
     path = Path(path)
@@ -81,8 +86,6 @@ def write_adapter(
         raise OutputError(f"An adapter's file must end in .safetensors, got {path}")
     if dtype not in _DTYPES:
         raise AdapterError(f"dtype must be float16, bfloat16 or float32, got {dtype}")
-    if adapter.family == "sdxl":
-        raise AdapterError("SDXL adapters need other layer names than this version writes: use an SD1 base")
     if not adapter.modules:
         raise AdapterError("The adapter has no layers, there is nothing to write")
     description = description or AdapterDescription()
@@ -138,8 +141,10 @@ def verify(path: str | PathLike[str], adapter: Adapter) -> None:
 
 def _kohya_tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
+    sdxl = adapter.family == "sdxl"
+    n = layers_per_block(adapter.metadata, adapter.modules) if sdxl else keys.LAYERS_PER_BLOCK
     for name, weights in adapter.modules.items():
-        prefix = keys.to_kohya(name)
+        prefix = keys.to_kohya(name, sdxl=sdxl, layers_per_block=n)
         if f"{prefix}.alpha" in tensors:
             raise AdapterError(f"Two layers have the same name in the file: {prefix}")
         tensors[f"{prefix}.lora_down.weight"] = _cast(weights.lora_A, dtype, name)
@@ -263,8 +268,9 @@ def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _adapter(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Adapter:
     parts: dict[str, dict[str, Tensor]] = {}
+    n = layers_per_block(metadata)
     for key, tensor in tensors.items():
-        module, part = keys.split_key(key)
+        module, part = keys.split_key(key, layers_per_block=n)
         if part in parts.setdefault(module, {}):
             raise AdapterError(f"Two keys give {part} of {module}, the second is {key!r}")
         _check_values(key, tensor)
@@ -273,7 +279,8 @@ def _adapter(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Adapter
         raise AdapterError("The file holds no LoRA layers")
     alphas = _PeftAlphas(metadata)
     modules = {name: _weights(name, found, alphas) for name, found in sorted(parts.items())}
-    return Adapter(family_of(metadata, _text_width(modules)), modules, metadata)
+    two_text_encoders = any(keys.component_of(name) == "text_encoder_2" for name in modules)
+    return Adapter(family_of(metadata, _text_width(modules), two_text_encoders), modules, metadata)
 
 
 def _check_values(key: str, tensor: Tensor) -> None:

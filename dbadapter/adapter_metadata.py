@@ -11,11 +11,12 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from dbadapter import keys, ldm_names
 from dbadapter.adapter import Adapter
 from dbadapter.errors import AdapterError
 
@@ -26,6 +27,7 @@ __all__ = [
     "AdapterDescription",
     "family_of",
     "file_metadata",
+    "layers_per_block",
     "legacy_hash",
     "sidecar",
     "tensor_hashes",
@@ -34,10 +36,15 @@ __all__ = [
 
 _THUMBNAIL_PIXELS = 256
 
+# Of the UNet; the numbers in SDXL files' layer names cannot be understood without it.
+_LAYERS_PER_BLOCK = "dbadapter.layers_per_block"
+
 # (ss_base_model_version, ss_v2, modelspec.architecture, "sd version" of the sidecar).
 # toybox has SD1's architecture, so its files say SD1; `dbadapter.base` tells them apart.
+# SD2 is two families to others, by what the base predicts; `_SD2_V` is written for v_prediction.
 _SD1 = ("sd_v1", "False", "stable-diffusion-v1/lora", "SD1")
-_SD2 = ("sd_v2", "True", "stable-diffusion-v2-768-v/lora", "SD2")
+_SD2 = ("sd_v2", "True", "stable-diffusion-v2-512/lora", "SD2")
+_SD2_V = ("sd_v2_v", "True", "stable-diffusion-v2-768-v/lora", "SD2")
 _SDXL = ("sdxl_base_v1-0", "False", "stable-diffusion-xl-v1-base/lora", "SDXL")
 _FAMILIES = {"toybox": _SD1, "sd1": _SD1, "sd2": _SD2, "sdxl": _SDXL}
 
@@ -95,16 +102,19 @@ def file_metadata(adapter: Adapter, name: str, description: AdapterDescription) 
     stated = _kohya_entries(adapter, name, description)
     stated |= _modelspec_entries(adapter, name, description)
     stated |= {"dbadapter.base": description.base, "dbadapter.family": adapter.family}
+    if adapter.family == "sdxl":
+        stated[_LAYERS_PER_BLOCK] = str(layers_per_block(adapter.metadata, adapter.modules))
     kept = {key: value for key, value in adapter.metadata.items() if not _is_derived(key)}
     return kept | {key: value for key, value in stated.items() if value != ""}
 
 
-def family_of(metadata: Mapping[str, str], text_width: int | None) -> str:
+def family_of(metadata: Mapping[str, str], text_width: int | None, two_text_encoders: bool = False) -> str:
     """Return the family of a file that was read, "unknown" if neither header nor shapes tell.
 
     Args:
         metadata: the header's entries.
         text_width: in_features of a cross-attention key projection, None if there is none.
+        two_text_encoders: the second has layers in the file, which only SDXL has.
     """
     ours = metadata.get("dbadapter.family", "")
     if ours in _FAMILIES:
@@ -113,7 +123,26 @@ def family_of(metadata: Mapping[str, str], text_width: int | None) -> str:
     for beginning, family in (("sdxl", "sdxl"), ("sd_v2", "sd2"), ("sd_v1", "sd1")):
         if version.startswith(beginning):
             return family
-    return _FAMILY_OF_WIDTH.get(text_width or 0, "unknown")
+    return _FAMILY_OF_WIDTH.get(text_width or 0, "sdxl" if two_text_encoders else "unknown")
+
+
+def layers_per_block(metadata: Mapping[str, str], modules: Iterable[str] = ()) -> int:
+    """Return layers_per_block of the UNet: as `metadata` says, else as the layers' names tell, else 2.
+
+    Args:
+        metadata: an adapter's; a file of another program does not say.
+        modules: canonical layer names of an adapter that is to be written.
+    Raises:
+        AdapterError: what is said is no such number.
+    """
+    text = metadata.get(_LAYERS_PER_BLOCK)
+    if text is None:
+        unet = (name.removeprefix("unet.") for name in modules if keys.component_of(name) == "unet")
+        return ldm_names.guess_layers_per_block(unet)
+    most = ldm_names.MAX_LAYERS_PER_BLOCK
+    if text not in map(str, range(1, most + 1)):
+        raise AdapterError(f"{_LAYERS_PER_BLOCK} in the header must be 1 to {most}, got {text[:40]!r}")
+    return int(text)
 
 
 def sidecar(metadata: Mapping[str, str], family: str, description: AdapterDescription) -> dict[str, Any]:
@@ -153,9 +182,7 @@ def legacy_hash(file_bytes: bytes) -> str:
 
 
 def _kohya_entries(adapter: Adapter, name: str, description: AdapterDescription) -> dict[str, str]:
-    version, v2, _, _ = _FAMILIES[adapter.family]
-    if version == "sd_v2" and description.prediction_type == "v_prediction":
-        version = "sd_v2_v"
+    version, v2, _, _ = _family_entries(adapter, description)
     entries = {
         "ss_v2": v2,
         "ss_base_model_version": version,
@@ -187,7 +214,7 @@ def _modelspec_entries(adapter: Adapter, name: str, description: AdapterDescript
     when = description.finished_at or description.started_at
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": _architecture(adapter.family, description.prediction_type),
+        "modelspec.architecture": _family_entries(adapter, description)[2],
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": description.title or name,
         "modelspec.resolution": "" if side is None else f"{side}x{side}",
@@ -201,10 +228,13 @@ def _modelspec_entries(adapter: Adapter, name: str, description: AdapterDescript
     }
 
 
-def _architecture(family: str, prediction_type: str) -> str:
-    if family == "sd2" and prediction_type == "epsilon":
-        return "stable-diffusion-v2-512/lora"
-    return _FAMILIES[family][2]
+def _family_entries(adapter: Adapter, description: AdapterDescription) -> tuple[str, str, str, str]:
+    # What was read from a file may say so in its metadata only.
+    stated = description.prediction_type or adapter.metadata.get("modelspec.prediction_type", "")
+    stated = stated or adapter.metadata.get("ss_base_model_version", "").rpartition("_")[2]
+    if adapter.family == "sd2" and stated in ("v_prediction", "v"):
+        return _SD2_V
+    return _FAMILIES[adapter.family]
 
 
 def _modelspec_prediction(prediction_type: str) -> str:

@@ -1,29 +1,30 @@
-"""Load a base: the embedded toybox, or a diffusers folder that is built like Stable Diffusion 1.x."""
+"""Load a base: toybox, or Stable Diffusion 1.x, 2.x or SDXL from a folder, a single file or the hub."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
-from dbadapter.base_folder import TOYBOX, detect_family, find_folder, load_pipeline
+from dbadapter.base_folder import TOYBOX, detect_family, find_base, load_pipeline, load_tokenizers
 from dbadapter.errors import BaseError, DataError, UsageError
+from dbadapter.single_file import inspect_single_file, load_single_file, load_single_file_tokenizer
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, StableDiffusionPipeline
+    from diffusers import DDPMScheduler
 
 __all__ = [
     "Base",
     "Precision",
     "check_prompt",
-    "detect_family",
-    "encode_prompt",
     "load_base",
+    "load_tokenizers_of",
     "pick_device",
     "pick_precision",
     "tokenize",
@@ -39,12 +40,13 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 class Base:
     """A loaded base model: a diffusers pipeline and what training needs to know about it.
 
-    `family` is "toybox" for the embedded base and otherwise told from the configs, never from a name.
+    `family` is "toybox" for the embedded base, else "sd1", "sd2" or "sdxl", told from configs or keys, never
+    from a name. The pipeline is a StableDiffusionPipeline, or a StableDiffusionXLPipeline.
     """
 
     name: str
     family: str
-    pipeline: StableDiffusionPipeline
+    pipeline: Any
     path: Path | None = None
 
     @property
@@ -54,8 +56,14 @@ class Base:
 
     @property
     def text_encoder(self) -> Any:
-        """The CLIPTextModel."""
+        """The CLIPTextModel; SDXL has a second encoder, see `text_encoders`."""
         return self.pipeline.text_encoder
+
+    @property
+    def text_encoders(self) -> dict[str, Any]:
+        """Component -> model: `text_encoder`, and SDXL's `text_encoder_2`, a CLIPTextModelWithProjection."""
+        names = ("text_encoder", "text_encoder_2") if self.family == "sdxl" else ("text_encoder",)
+        return {name: getattr(self.pipeline, name) for name in names}
 
     @property
     def vae(self) -> Any:
@@ -64,15 +72,22 @@ class Base:
 
     @property
     def tokenizer(self) -> Any:
-        """The CLIPTokenizer."""
+        """The CLIPTokenizer, the first of SDXL's two."""
         return self.pipeline.tokenizer
+
+    @property
+    def tokenizers(self) -> list[Any]:
+        """One for each text encoder; SDXL's two share a vocabulary and differ in the padding."""
+        if self.family == "sdxl":
+            return [self.pipeline.tokenizer, self.pipeline.tokenizer_2]
+        return [self.pipeline.tokenizer]
 
     @property
     def scheduler(self) -> Any:
         """The sampler that the base came with."""
         return self.pipeline.scheduler
 
-    @property
+    @cached_property  # the VAE may leave memory while a run trains
     def vae_scale_factor(self) -> int:
         """Pixels a latent cell covers along one side: 8 for SD1.x, 4 for toybox."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
@@ -94,9 +109,14 @@ class Base:
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits of the UNet's first and last layer: tells a base from another in its place."""
+        """16 hex digits of the UNet's first and last layer: tells a base from another in its place.
+
+        In bfloat16, so that a base loaded in it is the same one.
+        """
         ends = (self.unet.conv_in.weight, self.unet.conv_out.weight)
-        data = b"".join(weight.detach().float().cpu().numpy().tobytes() for weight in ends)
+        data = b"".join(
+            weight.detach().cpu().bfloat16().view(torch.uint16).numpy().tobytes() for weight in ends
+        )
         return hashlib.sha256(data).hexdigest()[:16]
 
     @property
@@ -125,37 +145,65 @@ def load_base(
     *,
     device: str | torch.device | None = None,
     dtype: torch.dtype = torch.float32,
+    unet_dtype: torch.dtype | None = None,
     prediction_type: str | None = None,
 ) -> Base:
     """Return the base that `spec` names, in evaluation mode, with no weight asking for a gradient.
 
     Args:
-        spec: "toybox", or a diffusers folder (one with model_index.json and safetensors weights).
+        spec: "toybox"; a folder in diffusers' layout (with model_index.json and safetensors weights); a
+            single .safetensors checkpoint in LDM layout; or the id of a repository on the hub.
         device: where to put it; None picks CUDA where it is, else the CPU.
         dtype: of all weights.
-        prediction_type: what the UNet predicts, where the folder's scheduler says it wrongly.
+        unet_dtype: of the UNet's, where that shall be another; it never is in memory in more than that.
+        prediction_type: what the UNet predicts, where the base does not say it, or wrongly.
     Raises:
-        BaseError: it is no such folder, a part is missing or broken, or the family is not supported.
+        BaseError: there is no such base, a part is missing or broken, or the family is not supported.
+        UsageError: an unknown prediction type.
     """
-    folder = find_folder(spec)
-    family = TOYBOX if spec == TOYBOX else detect_family(folder)
     if prediction_type is not None and prediction_type not in PREDICTION_TYPES:
         raise UsageError(f"prediction type must be epsilon or v_prediction, got {prediction_type!r}")
-    pipeline = load_pipeline(folder, pick_device() if device is None else torch.device(device), dtype)
+    path, target = find_base(spec), pick_device() if device is None else torch.device(device)
+    if path.is_file():
+        file = inspect_single_file(path, prediction_type)
+        family, pipeline = file.family, load_single_file(file, target, dtype, unet_dtype)
+    else:
+        family = TOYBOX if spec == TOYBOX else detect_family(path)
+        pipeline = load_pipeline(path, target, dtype, unet_dtype)
     if prediction_type is not None:
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)
     if pipeline.scheduler.config.prediction_type not in PREDICTION_TYPES:
         raise BaseError(
-            f"base {folder}: its scheduler predicts {pipeline.scheduler.config.prediction_type!r}; "
+            f"base {path}: its scheduler predicts {pipeline.scheduler.config.prediction_type!r}; "
             "only epsilon and v_prediction are supported"
         )
+    if family == "sdxl" and dtype == torch.float16:
+        # SDXL's VAE overflows in fp16 (diffusers#4038): diffusers then decodes in float32, config or not.
+        pipeline.vae.register_to_config(force_upcast=True)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.family = family  # `generate_pictures` takes its guidance scale by it
-    for part in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+    name = TOYBOX if spec == TOYBOX else _name(spec, path)
+    base = Base(name, family, pipeline, path)
+    for part in (base.unet, base.vae, *base.text_encoders.values()):
         part.requires_grad_(False)
         part.eval()
-    return Base(TOYBOX if spec == TOYBOX else folder.resolve().name, family, pipeline, folder)
+    return base
+
+
+def load_tokenizers_of(spec: str) -> list[Any]:
+    """Return a base's tokenizers alone, in a fraction of the base's time.
+
+    Raises:
+        BaseError: as `load_base`.
+    """
+    path = find_base(spec)
+    if path.is_file():
+        # What the UNet predicts does not matter here, and a single SD2 file need not say it.
+        file = inspect_single_file(path, PREDICTION_TYPES[0])
+        parts = ("tokenizer", "tokenizer_2") if file.family == "sdxl" else ("tokenizer",)
+        return [load_single_file_tokenizer(file, part) for part in parts]
+    return load_tokenizers(path)
 
 
 def pick_device(wish: str | None = None) -> torch.device:
@@ -215,17 +263,11 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     return ids
 
 
-def encode_prompt(text_encoder: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
-    """Return the text embeddings of the prompts: (batch, length, hidden_size), on the encoder's device.
-
-    Gradients reach the encoder's adapters unless the caller turns them off.
-
-    Raises:
-        DataError: a prompt is too long.
-    """
-    ids = tokenize(tokenizer, prompts).to(text_encoder.device)
-    hidden: Tensor = text_encoder(ids).last_hidden_state
-    return hidden
+def _name(spec: str, path: Path) -> str:
+    """Return a file's stem, a folder's name, or the id of a repository on the hub."""
+    if path.is_file():
+        return path.stem
+    return path.resolve().name if path == Path(spec).expanduser() else spec
 
 
 def _has_native_bf16(device: torch.device) -> bool:

@@ -1,18 +1,24 @@
-"""Checkpoints of a run: adapter, optimizer, gradient scaler and step, as safetensors; no pickles.
+"""Checkpoints of a run: all that training changes, as safetensors; no pickles.
 
-The random streams need no saving: everything drawn is keyed by (seed, step, sample), see `data.draw`.
+Noise, timesteps and the order of the photographs need no saving: they are keyed by (seed, step, sample), see
+`data.draw`, and the learning rates follow from the step. The global random states are kept all the same, for
+an optimizer or a layer of somebody else's that draws from them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -20,11 +26,23 @@ from torch import Tensor, nn
 
 from dbadapter.base import Base
 from dbadapter.config import TrainConfig
-from dbadapter.errors import ConfigError, TrainingError
+from dbadapter.errors import ConfigError, OutputError, TrainingError
+from dbadapter.optimizers import load_state, state_tensors
+from dbadapter.photographs import Photograph
 
-__all__ = ["Snapshot", "capture", "check_same_run", "newest", "read", "restore", "run_identity", "write"]
+__all__ = [
+    "Best",
+    "Snapshot",
+    "capture",
+    "check_same_run",
+    "newest",
+    "read",
+    "restore",
+    "run_identity",
+    "write",
+]
 
-KEEP = 3  # newest checkpoints that stay
+KEEP = 2  # newest checkpoints that stay, and the best besides
 # What may not change when a run is resumed; learning rates, precision, steps and reports may.
 _IDENTITY = (
     "base",
@@ -48,10 +66,22 @@ _IDENTITY = (
     "random_flip",
     "num_class_images",
     "class_data_dir",
+    "aspect_ratio_buckets",
+    "masked_loss",
+    "optimizer",
+    "full",
 )
 
 _NAME = re.compile(r"step-(\d{6,})\.safetensors")
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # AdamW's state of each parameter
+_CUDA_RANDOM = "random.cuda"
+_TORCH_RANDOM = "random.torch"
+
+
+class Best(NamedTuple):
+    """The step with the lowest validation loss so far."""
+
+    step: int
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -60,31 +90,42 @@ class Snapshot:
 
     Args:
         step: optimizer steps done.
-        tensors: "parameter.0", "exp_avg.0", "exp_avg_sq.0", "step.0", "parameter.1", ...
+        tensors: "parameter.0", "parameter.1", ...; the optimizer's, see `optimizers.state_tensors`;
+            torch's random states.
         scaler: the gradient scaler's state, empty where there is none.
         identity: what must be the same for a resumed run to be the same run.
+        best: None before the first validation.
+        random_states: of Python and numpy, as JSON holds them.
     """
 
     step: int
     tensors: Mapping[str, Tensor]
     scaler: Mapping[str, float]
     identity: Mapping[str, Any]
+    best: Best | None = None
+    random_states: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run_identity(config: TrainConfig, base: Base, photographs: Sequence[Path]) -> dict[str, Any]:
+def run_identity(config: TrainConfig, base: Base, photographs: Sequence[Photograph]) -> dict[str, Any]:
     """Return what must not change for a resumed run to be the same run.
 
     Args:
         config: resolved.
         base: as loaded; its weights count, not only its name.
-        photographs: their contents count, in their order.
+        photographs: their contents count, in their order, with captions and masks.
     """
     fields = {name: getattr(config, name) for name in _IDENTITY}
+    files = [photograph.path for photograph in photographs]
+    for photograph in photographs:
+        if photograph.caption is not None:
+            files.append(photograph.path.with_suffix(".txt"))
+        if config.masked_loss and isinstance(photograph.mask, Path):
+            files.append(photograph.mask)
     fields["class_data_dir"] = None if config.class_data_dir is None else str(config.class_data_dir)
     return fields | {
         "prediction_type": base.prediction_type,
         "base_fingerprint": base.fingerprint,
-        "photographs": f"{len(photographs)} files {_digest(photographs)}",
+        "photographs": f"{len(files)} files {_digest(files)}",
     }
 
 
@@ -94,38 +135,62 @@ def capture(
     optimizer: torch.optim.Optimizer,
     scaler: Any,
     identity: Mapping[str, Any],
+    best: Best | None = None,
 ) -> Snapshot:
     """Return copies of everything that training changes."""
-    tensors: dict[str, Tensor] = {}
-    for index, parameter in enumerate(parameters):
-        tensors[f"parameter.{index}"] = _copy(parameter)
-        for moment in _MOMENTS:
-            if moment in optimizer.state[parameter]:
-                tensors[f"{moment}.{index}"] = _copy(optimizer.state[parameter][moment])
-    return Snapshot(step, tensors, scaler.state_dict(), identity)
+    tensors = {f"parameter.{index}": _copy(parameter) for index, parameter in enumerate(parameters)}
+    tensors |= state_tensors(optimizer, parameters)
+    tensors[_TORCH_RANDOM] = torch.get_rng_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors[_CUDA_RANDOM] = torch.cuda.get_rng_state()
+    legacy = np.random.get_state(legacy=False)
+    random_states = {
+        "python": random.getstate(),
+        "numpy": json.loads(json.dumps(legacy, default=lambda array: array.tolist())),
+    }
+    return Snapshot(step, tensors, scaler.state_dict(), identity, best, random_states)
 
 
 def write(folder: Path, snapshot: Snapshot) -> Path:
-    """Write a checkpoint beside its target, rename it, and remove all but the newest `KEEP`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint beside its target, rename it, and remove all but the newest `KEEP` and the best.
+
+    Raises:
+        OutputError: it cannot be written; those before it are as they were.
+    """
     path = folder / f"step-{snapshot.step:06d}.safetensors"
     partial = path.with_suffix(".partial")
     metadata = {
         "step": str(snapshot.step),
         "scaler": json.dumps(dict(snapshot.scaler)),
         "identity": json.dumps(dict(snapshot.identity)),
+        "best": json.dumps(snapshot.best),
+        "random_states": json.dumps(dict(snapshot.random_states)),
     }
-    # Not save_file: it makes the file readable for its owner only.
-    partial.write_bytes(save(dict(snapshot.tensors), metadata))
-    partial.replace(path)
-    for old in _checkpoints(folder)[:-KEEP]:
-        old.unlink()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            # Not save_file: it makes the file readable for its owner only.
+            file.write(save(dict(snapshot.tensors), metadata))
+            file.flush()
+            os.fsync(file.fileno())  # a rename may outlive a power cut that the content does not
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise OutputError(
+            f"the checkpoint of step {snapshot.step} cannot be written to {folder}: {error.strerror or error}"
+            "; what was saved before is as it was: make room, and add --resume"
+        ) from error
+    kept = {step for step, _ in _checkpoints(folder)[-KEEP:]} | {snapshot.best.step if snapshot.best else -1}
+    for step, old in _checkpoints(folder):
+        if step not in kept:
+            old.unlink()
     return path
 
 
 def newest(folder: Path) -> Path | None:
     """Return the checkpoint with the most steps, None if there is none."""
-    return found[-1] if (found := _checkpoints(folder)) else None
+    return found[-1][1] if (found := _checkpoints(folder)) else None
 
 
 def read(path: Path) -> Snapshot:
@@ -138,10 +203,16 @@ def read(path: Path) -> Snapshot:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        best = json.loads(metadata["best"])
         return Snapshot(
-            int(metadata["step"]), tensors, json.loads(metadata["scaler"]), json.loads(metadata["identity"])
+            int(metadata["step"]),
+            tensors,
+            json.loads(metadata["scaler"]),
+            json.loads(metadata["identity"]),
+            None if best is None else Best(*best),
+            json.loads(metadata["random_states"]),
         )
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(
             f"checkpoint {path} cannot be read ({error}); remove it to resume from the one before it"
         ) from error
@@ -191,24 +262,32 @@ def restore(
             )
         with torch.no_grad():
             parameter.copy_(value)
-        state = {
-            moment: snapshot.tensors[f"{moment}.{index}"]
-            for moment in _MOMENTS
-            if f"{moment}.{index}" in snapshot.tensors
-        }
-        # Not load_state_dict: it would bring back the old learning rates too.
-        # Copies: the snapshot is what a run that fails soon after goes back to.
-        copies = {name: tensor.to(parameter.device, copy=True) for name, tensor in state.items()}
-        optimizer.state[parameter] = copies
+    trained = {name: value for name, value in snapshot.tensors.items() if not name.startswith("random.")}
+    load_state(optimizer, parameters, trained)
     if snapshot.scaler:
         scaler.load_state_dict(dict(snapshot.scaler))
+    _restore_random(snapshot)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def _restore_random(snapshot: Snapshot) -> None:
+    if _TORCH_RANDOM in snapshot.tensors:
+        torch.set_rng_state(snapshot.tensors[_TORCH_RANDOM])
+    if _CUDA_RANDOM in snapshot.tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(snapshot.tensors[_CUDA_RANDOM])
+    if python := snapshot.random_states.get("python"):
+        version, numbers, gauss = python
+        random.setstate((version, tuple(numbers), gauss))
+    if (state := snapshot.random_states.get("numpy")) is not None:
+        np.random.set_state(
+            {**state, "state": {**state["state"], "key": np.array(state["state"]["key"], "u4")}}
+        )
+
+
+def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, file) of the checkpoints, by step."""
     if not folder.is_dir():
         return []
-    found = [(int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
 
 def _digest(paths: Sequence[Path]) -> str:

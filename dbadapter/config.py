@@ -5,32 +5,71 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import re
 import tomllib
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dbadapter.config_checks import (
+    LOGGERS,
+    LR_SCHEDULERS,
+    OPTIMIZERS,
+    PRECISIONS,
+    PREDICTION_TYPES,
+    PRIOR_SOURCES,
+    PRIORS,
+    TARGETS,
+    converted,
+    faults,
+)
 from dbadapter.errors import ConfigError
 from dbadapter.presets import PRESETS, Preset
 
-__all__ = ["PRESETS", "PRIORS", "TARGETS", "Preset", "TrainConfig", "indefinite", "read_toml"]
+__all__ = [
+    "LOGGERS",
+    "LR_SCHEDULERS",
+    "OPTIMIZERS",
+    "PRECISIONS",
+    "PREDICTION_TYPES",
+    "PRESETS",
+    "PRIORS",
+    "PRIOR_SOURCES",
+    "TARGETS",
+    "Preset",
+    "TrainConfig",
+    "filler",
+    "indefinite",
+    "read_toml",
+]
 
 T = typing.TypeVar("T")
-
-PRIORS = ("distill", "generated", "none")
-PRIOR_SOURCES = ("sampled", "instance")
-TARGETS = ("attention", "feed-forward", "proj", "conv")
-PRECISIONS = ("auto", "no", "bf16", "fp16")
-LR_SCHEDULERS = ("constant", "linear", "cosine")
-PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 # How to run, not what to train: kept out of config.toml, so that repeating a run from its own file
 # never overwrites or resumes anything by surprise.
 RUN_FLAGS = ("resume", "overwrite")
-MOST_NAME = 100  # characters; file systems take 255 bytes, and endings and temporary names come on top
+
+# What a preset fills as it is.
+PRESET_FIELDS = (
+    "photo_tokens",
+    "prior_source",
+    "prior_loss_weight",
+    "num_class_images",
+    "rank",
+    "targets",
+    "train_text_encoder",
+    "max_train_steps",
+    "learning_rate",
+    "text_encoder_learning_rate",
+    "lr_scheduler",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "resolution",
+    "aspect_ratio_buckets",
+    "mixed_precision",
+    "checkpointing_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -42,10 +81,10 @@ class TrainConfig:
         class_noun: what the subject is, e.g. "dog".
         output_dir: folder for the adapter and everything beside it.
         name: the adapter file's stem; None is the name of `output_dir`.
-        base: "toybox" or a diffusers folder.
-        prediction_type: "epsilon" or "v_prediction"; None is what the base's scheduler says.
+        base: "toybox", a diffusers folder, a single-file .safetensors checkpoint, or a hub id.
+        prediction_type: "epsilon" or "v_prediction"; None is what the base itself says.
         identifier: the word for the subject; "auto" picks a rare token of the base's tokenizer.
-        instance_prompt: may hold `{identifier}` and `{class_noun}`.
+        instance_prompt: may hold `{identifier}` and `{class_noun}`; a photograph's own NAME.txt wins.
         photo_tokens: in two of three passes each photograph's prompt ends in a rare token of its own.
         class_prompt: the same prompt without the identifier; may hold `{class_noun}`.
         prior: "distill" (the base itself is the teacher), "generated" (pictures made ahead) or "none".
@@ -56,24 +95,31 @@ class TrainConfig:
         rank: of the UNet's adapter.
         alpha: the adapter's scale is alpha / rank, in the UNet and in the text encoder; None is the rank.
         targets: layers of the UNet, by the names in `TARGETS`.
-        train_text_encoder: adapt the text encoder too.
+        train_text_encoder: adapt the text encoder too, SDXL's both.
         text_encoder_rank: None is `rank`.
+        full: train the models whole, without an adapter: the baseline.
         max_train_steps: optimizer steps.
-        learning_rate: for the UNet's adapter.
-        text_encoder_learning_rate: for the text encoder's adapter.
+        learning_rate: for the UNet's adapter, or for the UNet with `full`.
+        text_encoder_learning_rate: for the text encoder's adapter, or for the encoder with `full`.
         lr_scheduler: how both rates go on from there: "constant", or "linear" or "cosine" down to 0.
+        lr_warmup_steps: optimizer steps over which both rates rise from 0 first.
+        optimizer: "adamw", "adamw8bit" (bitsandbytes) or "prodigy" (prodigyopt, which sets the rate itself).
         train_batch_size: instance pictures a forward pass; as many class pictures come with them.
         gradient_accumulation_steps: forward passes an optimizer step.
-        resolution: pixels a side.
+        resolution: pixels a side; with buckets the root of the area.
+        aspect_ratio_buckets: crop each photograph to the shape next to its own, not to the square.
+        masked_loss: weigh the loss by NAME.mask.png or by the photograph's alpha channel.
         mixed_precision: "auto" is bf16 where the device has it natively, else fp16 on CUDA, fp32 on CPU.
         gradient_checkpointing: less memory, slower steps.
+        compile: let torch.compile make the UNet faster; the first steps take minutes then.
         snr_gamma: min-SNR weighting's gamma (Hang et al. 2023, usually 5); None is no weighting.
         seed: of weights, noise, timesteps and sampled pictures.
         checkpointing_steps: optimizer steps between two checkpoints; 0 writes none.
-        resume: go on from the newest checkpoint in `output_dir`.
+        resume: go on from the newest checkpoint in `output_dir`; from step 0 where there is none.
         overwrite: replace what is in `output_dir`.
         validation_prompt: prompts of the sample grid, with the same placeholders as `instance_prompt`.
         validation_steps: optimizer steps between two sample grids; 0 draws one at the end only.
+        logger: "tensorboard" or "wandb" besides metrics.jsonl, or "none".
         random_flip: mirror half of the photographs; wrong for subjects with a left and a right.
     """
 
@@ -88,24 +134,30 @@ class TrainConfig:
     photo_tokens: bool | None = None
     class_prompt: str | None = None
     prior: str = "distill"
-    prior_source: str = "sampled"
+    prior_source: str | None = None
     prior_loss_weight: float | None = None
     class_data_dir: Path | None = None
     num_class_images: int | None = None
-    rank: int = 8
+    rank: int | None = None
     alpha: float | None = None
     targets: tuple[str, ...] | None = None
-    train_text_encoder: bool = True
+    train_text_encoder: bool | None = None
     text_encoder_rank: int | None = None
+    full: bool = False
     max_train_steps: int | None = None
     learning_rate: float | None = None
     text_encoder_learning_rate: float | None = None
     lr_scheduler: str | None = None
+    lr_warmup_steps: int = 0
+    optimizer: str = "adamw"
     train_batch_size: int | None = None
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int | None = None
     resolution: int | None = None
-    mixed_precision: str = "auto"
+    aspect_ratio_buckets: bool | None = None
+    masked_loss: bool = False
+    mixed_precision: str | None = None
     gradient_checkpointing: bool = False
+    compile: bool = False
     snr_gamma: float | None = None
     seed: int = 0
     checkpointing_steps: int | None = None
@@ -113,6 +165,7 @@ class TrainConfig:
     overwrite: bool = False
     validation_prompt: tuple[str, ...] = ()
     validation_steps: int | None = None
+    logger: str = "none"
     random_flip: bool = False
 
     def __post_init__(self) -> None:
@@ -134,12 +187,13 @@ class TrainConfig:
         Raises:
             ConfigError: one or more faults; the message states all of them.
         """
-        _raise_if_any(list(_faults(self)))
+        _raise_if_any(list(faults(self)))
 
     def resolved(self, family: str, default_resolution: int, identifier: str | None = None) -> TrainConfig:
         """Return a copy with every None filled that has a default; calling it again changes nothing.
 
-        `prediction_type`, `class_data_dir` and `snr_gamma` may stay None: the base's own, none, off.
+        `prediction_type`, `class_data_dir` and `snr_gamma` may stay None: the base's own, none, off. So do,
+        with `full`, what only an adapter has.
 
         Args:
             family: a key of `PRESETS`.
@@ -153,31 +207,29 @@ class TrainConfig:
         self.validate()
         preset = PRESETS[family]
         word = identifier or (None if self.identifier == "auto" else self.identifier)
-        fill = _filler({"class_noun": self.class_noun} | ({"identifier": word} if word else {}))
-        resolved = dataclasses.replace(
-            self,
-            name=_or(self.name, self.output_dir.resolve().name),
-            identifier=word or "auto",
-            instance_prompt=fill(_or(self.instance_prompt, "a photo of {identifier} {class_noun}")),
-            photo_tokens=_or(self.photo_tokens, preset.photo_tokens),
-            class_prompt=fill(_or(self.class_prompt, f"a photo of {indefinite(self.class_noun)}")),
-            prior_loss_weight=_or(self.prior_loss_weight, preset.prior_loss_weight),
-            num_class_images=_or(self.num_class_images, preset.num_class_images),
-            alpha=_or(self.alpha, float(self.rank)),
-            targets=_or(self.targets, preset.targets),
-            text_encoder_rank=_or(self.text_encoder_rank, self.rank),
-            max_train_steps=_or(self.max_train_steps, preset.max_train_steps),
-            learning_rate=_or(self.learning_rate, preset.learning_rate),
-            text_encoder_learning_rate=_or(
-                self.text_encoder_learning_rate, preset.text_encoder_learning_rate
-            ),
-            lr_scheduler=_or(self.lr_scheduler, preset.lr_scheduler),
-            train_batch_size=_or(self.train_batch_size, preset.train_batch_size),
-            resolution=_or(self.resolution, _or(preset.resolution, default_resolution)),
-            checkpointing_steps=_or(self.checkpointing_steps, preset.checkpointing_steps),
-            validation_prompt=tuple(fill(prompt) for prompt in self.validation_prompt),
-            validation_steps=_or(self.validation_steps, 0),
-        )
+        fill = filler(self.class_noun, word)
+        values: dict[str, typing.Any] = {
+            name: _or(getattr(self, name), getattr(preset, name)) for name in PRESET_FIELDS
+        }
+        for name in ("learning_rate", "text_encoder_learning_rate"):
+            if getattr(self, name) is None and self.optimizer == "prodigy":
+                values[name] = 1.0  # it estimates the rate itself; this is the factor on its estimate
+            elif getattr(self, name) is None and self.full:
+                values[name] = getattr(preset, f"full_{name}")
+        values |= {
+            "name": _or(self.name, self.output_dir.resolve().name),
+            "identifier": word or "auto",
+            "instance_prompt": fill(_or(self.instance_prompt, "a photo of {identifier} {class_noun}")),
+            "class_prompt": fill(_or(self.class_prompt, f"a photo of {indefinite(self.class_noun)}")),
+            "alpha": _or(self.alpha, float(values["rank"])),
+            "text_encoder_rank": _or(self.text_encoder_rank, values["rank"]),
+            "resolution": _or(values["resolution"], default_resolution),
+            "validation_prompt": tuple(fill(prompt) for prompt in self.validation_prompt),
+            "validation_steps": _or(self.validation_steps, 0),
+        }
+        if self.full:
+            values |= dict.fromkeys(("rank", "alpha", "targets", "text_encoder_rank"))
+        resolved = dataclasses.replace(self, **values)
         resolved.validate()
         return resolved
 
@@ -229,7 +281,7 @@ def read_toml(path: str | Path) -> dict[str, typing.Any]:
             faults.append(f"{path} has an unknown key {key!r}{hint}")
             continue
         try:
-            values[key] = _converted(value, hints[key])
+            values[key] = converted(value, hints[key])
         except TypeError as error:
             faults.append(f"{path}: {key} must be {error}, got {value!r}")
     _raise_if_any(faults)
@@ -245,12 +297,14 @@ def indefinite(noun: str) -> str:
     return f"an {noun}" if re.match(r"([aeiou]|hour|heir|honest|honou?r)", word) else f"a {noun}"
 
 
-def _or(value: T | None, default: T) -> T:
-    return default if value is None else value
+def filler(class_noun: str, identifier: str | None) -> Callable[[str], str]:
+    """Return what replaces `{class_noun}`, `{class}` and `{identifier}` in a prompt, and nothing else.
 
-
-def _filler(words: Mapping[str, str]) -> Callable[[str], str]:
-    """Replace `{key}` and nothing else: other braces in a prompt are the user's own."""
+    Other braces in a prompt are the user's own. Without an identifier its placeholder stays.
+    """
+    words = {"class_noun": class_noun, "class": class_noun}
+    if identifier is not None:
+        words["identifier"] = identifier
 
     def fill(prompt: str) -> str:
         for key, word in words.items():
@@ -260,139 +314,15 @@ def _filler(words: Mapping[str, str]) -> Callable[[str], str]:
     return fill
 
 
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
 def _raise_if_any(faults: list[str]) -> None:
     if len(faults) == 1:
         raise ConfigError(faults[0])
     if faults:
         raise ConfigError(f"{len(faults)} faults: {'; '.join(faults)}")
-
-
-# Inclusive limits. Ranks beyond 1024 are wider than any layer that gets one profits from.
-_LIMITS: Mapping[str, tuple[float, float]] = {
-    "num_class_images": (1, 100_000),
-    "rank": (1, 1024),
-    "text_encoder_rank": (1, 1024),
-    "max_train_steps": (1, 10_000_000),
-    "train_batch_size": (1, 4096),
-    "gradient_accumulation_steps": (1, 4096),
-    "resolution": (16, 4096),
-    "seed": (0, 2**63 - 1),
-    "checkpointing_steps": (0, 10_000_000),
-    "validation_steps": (0, 10_000_000),
-}
-_POSITIVE = ("alpha", "learning_rate", "text_encoder_learning_rate", "snr_gamma")
-_CHOICES: Mapping[str, tuple[str, ...]] = {
-    "prior": PRIORS,
-    "prior_source": PRIOR_SOURCES,
-    "lr_scheduler": LR_SCHEDULERS,
-    "mixed_precision": PRECISIONS,
-    "prediction_type": PREDICTION_TYPES,
-}
-
-
-def _type_faults(config: TrainConfig) -> Iterator[str]:
-    """Say which fields are of another type than declared, as from Python they can be."""
-    for name, hint in typing.get_type_hints(TrainConfig).items():
-        value = getattr(config, name)
-        if value is None and type(None) in typing.get_args(hint):
-            continue
-        try:
-            _converted(list(value) if isinstance(value, tuple) else value, hint)
-        except TypeError as error:
-            yield f"{name} must be {error}, got {value!r}"
-
-
-def _faults(config: TrainConfig) -> Iterator[str]:
-    if wrong := list(_type_faults(config)):  # nothing else can be asked of such values
-        yield from wrong
-        return
-    yield from _text_faults(config)
-    for name, choices in _CHOICES.items():
-        value = getattr(config, name)
-        if value is not None and value not in choices:
-            yield f"{name} must be one of {', '.join(choices)}, got {value!r}"
-    yield from _number_faults(config)
-    yield from _target_faults(config.targets)
-    yield from _prompt_faults(config)
-    if config.prior == "none" and config.class_data_dir is not None:
-        yield "class_data_dir needs a prior: drop it, or use prior distill or generated"
-    if config.resume and config.overwrite:
-        yield "resume and overwrite exclude each other: give one of them"
-
-
-def _text_faults(config: TrainConfig) -> Iterator[str]:
-    if not config.class_noun.strip():
-        yield "class_noun must say what the subject is, e.g. dog, got nothing"
-    elif re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", config.class_noun):
-        yield f"class_noun must be one line without control characters, got {config.class_noun!r}"
-    elif config.class_noun == "auto":
-        yield "class_noun auto is not supported yet: say what the subject is, e.g. dog"
-    for name in ("identifier", "base"):
-        if not getattr(config, name).strip():
-            yield f"{name} must not be empty: leave it out for the default"
-    stem = config.name
-    if stem is not None and (stem.strip() in ("", ".", "..") or re.search(r'[\x00-\x1f/\\:*?"<>|]', stem)):
-        yield f"name must be a plain file name without / or other special characters, got {stem!r}"
-    elif stem is not None and len(stem) > MOST_NAME:
-        yield f"name must have at most {MOST_NAME} characters, got {len(stem)}: pass a shorter name"
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str | Path) and not _is_unicode(str(text)):
-                yield f"{field.name} must be valid Unicode, got {str(text)!r}: rename it"
-
-
-def _number_faults(config: TrainConfig) -> Iterator[str]:
-    for name, (low, high) in _LIMITS.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            yield f"{name} must be from {low} to {high}, got {value}"
-    for name in _POSITIVE:
-        value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            yield f"{name} must be greater than 0, got {value}"
-    weight = config.prior_loss_weight
-    if weight is not None and not (math.isfinite(weight) and weight >= 0):
-        yield f"prior_loss_weight must be 0 or more, got {weight}"
-    if config.resolution is not None and config.resolution % 8:
-        yield f"resolution must be a multiple of 8, got {config.resolution}"
-
-
-def _target_faults(targets: tuple[str, ...] | None) -> Iterator[str]:
-    if targets is None:
-        return
-    if not targets:
-        yield f"targets must name at least one of {', '.join(TARGETS)}, got none"
-    for target in targets:
-        if target not in TARGETS:
-            yield f"targets must be among {', '.join(TARGETS)}, got {target!r}"
-    if len(set(targets)) < len(targets):
-        yield f"targets must not repeat, got {', '.join(targets)}"
-
-
-def _prompt_faults(config: TrainConfig) -> Iterator[str]:
-    word = config.identifier
-    if word.lower() == config.class_noun.lower():
-        yield f"identifier must differ from the class noun, got {word!r} for both"
-    prompt = config.instance_prompt
-    named = prompt is None or "{identifier}" in prompt or (word != "auto" and _has_word(prompt, word))
-    if not named:  # nothing would tell the subject from its class, and the file would state a wrong trigger
-        yield f"instance_prompt must hold {{identifier}} or the given identifier, got {prompt!r}"
-    prompt = config.class_prompt
-    if prompt is not None and ("{identifier}" in prompt or (word != "auto" and _has_word(prompt, word))):
-        yield f"class_prompt must not hold the identifier, got {prompt!r}"
-
-
-def _has_word(text: str, word: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _toml_value(value: object) -> str:
@@ -404,25 +334,3 @@ def _toml_value(value: object) -> str:
         return "[" + ", ".join(_toml_value(item) for item in value) + "]"
     # A JSON string is a TOML string, except that TOML wants DEL escaped too.
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _converted(value: object, hint: object) -> object:
-    """Return a TOML value as the field's type; TypeError's message names the type that was expected."""
-    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
-    if typing.get_origin(hint) is tuple or typing.get_origin(kinds[0]) is tuple:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise TypeError("a list of strings")
-    kind = kinds[0]
-    if kind is Path and isinstance(value, str) and value:
-        return Path(value)
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except OverflowError:  # an int of hundreds of digits
-            raise TypeError("a number that is finite") from None
-    # bool is an int in Python, but `rank = true` is a fault.
-    if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):
-        return value
-    names = {Path: "a path", float: "a number", int: "a whole number", str: "a string", bool: "true or false"}
-    raise TypeError(names[kind] if isinstance(kind, type) else str(kind))

@@ -1,37 +1,22 @@
-"""Photographs in: find them, crop them, cache their latents; and what each training sample draws."""
+"""Latents in, samples out: the cache of the photographs' latents, and what each training sample draws."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
+from torch import Tensor, nn
 
-from dbadapter.errors import BaseError, DataError
+from dbadapter.errors import BaseError
+from dbadapter.photographs import Crop
 
-__all__ = [
-    "Draws",
-    "LatentCache",
-    "draw",
-    "find_photographs",
-    "load_photograph",
-    "mirrored",
-    "picture_indices",
-]
+__all__ = ["Draws", "LatentCache", "draw", "encoded_at_once", "picture_indices"]
 
-# A file with one of these suffixes that cannot be read is an error; any other file is passed over. HEIC is
-# here although Pillow cannot read it: phones write it, and skipping a user's photographs silently is worse.
-_HEIC = (".heic", ".heif")
-_JPEG = (".jfif", ".jpe", ".jpeg", ".jpg")
-PICTURE_SUFFIXES = frozenset(
-    (*_HEIC, *_JPEG, ".avif", ".bmp", ".gif", ".jp2", ".png", ".tif", ".tiff", ".webp")
-)
+
+ENCODED_PIXELS = 4 * 256**2  # at once, in no more than four pictures
 
 
 class Draws(NamedTuple):
@@ -46,93 +31,92 @@ class Draws(NamedTuple):
 class LatentCache:
     """The VAE's posterior of each picture, in the UNet's scale; redrawn at every use.
 
-    A cache of one sample per picture would freeze the posterior's noise into the subject.
+    A cache of one sample per picture would freeze the posterior's noise into the subject; one keyed by the
+    step would pair it with another picture's prompt (diffusers#14430). Here the key is the picture and crop:
+    entry i is crop i, mirror images are crops of their own.
 
     Args:
-        mean: (pictures, channels, height, width).
-        std: the same shape; zeros for latents that were sampled, not encoded.
+        mean: of each picture, (channels, height, width); sizes may differ.
+        std: the same shapes; zeros for latents that were sampled, not encoded.
+        time_ids: SDXL's micro-conditioning, (pictures, 6), see `conditioning.predict`.
+        masks: of each picture, (height, width) of the latents, weights of the loss with mean 1, or None.
     """
 
-    mean: Tensor
-    std: Tensor
+    mean: tuple[Tensor, ...]
+    std: tuple[Tensor, ...]
+    time_ids: Tensor
+    masks: tuple[Tensor | None, ...]
 
     def __len__(self) -> int:
         return len(self.mean)
 
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Return (channels, height, width) of a picture's latents."""
+        return tuple(self.mean[index].shape)
+
+    def of_shape(self, shape: tuple[int, ...]) -> list[int]:
+        """Return the indices of the pictures with this shape."""
+        return [index for index in range(len(self)) if self.shape(index) == shape]
+
     def sample(self, indices: Sequence[int], noise: Tensor) -> Tensor:
-        """Return latents of the pictures: mean + std * noise, shape (len(indices), ...)."""
-        chosen = torch.as_tensor(indices, device=self.mean.device)
-        return self.mean[chosen] + self.std[chosen] * noise.to(self.mean.device)
+        """Return latents of pictures of one shape: mean + std * noise, (len(indices), ...)."""
+        mean = torch.stack([self.mean[index] for index in indices])
+        std = torch.stack([self.std[index] for index in indices])
+        return mean + std * noise
+
+    def weights(self, indices: Sequence[int]) -> Tensor | None:
+        """Return the weights of the squared errors, (len(indices), 1, height, width); None if all are 1."""
+        masks = [self.masks[index] for index in indices]
+        if all(mask is None for mask in masks):
+            return None
+        shape, device = self.mean[indices[0]].shape[1:], self.mean[indices[0]].device
+        ones = torch.ones(shape, device=device)
+        return torch.stack([ones if mask is None else mask for mask in masks])[:, None]
 
     @classmethod
-    def encode(cls, vae: Any, pictures: Sequence[Tensor], batch_size: int = 4) -> LatentCache:
-        """Encode pictures (3, height, width) in [-1, 1], all of one size; BaseError if it cannot."""
-        means, stds = [], []
-        for start in range(0, len(pictures), batch_size):
-            batch = torch.stack(list(pictures[start : start + batch_size])).to(vae.device, vae.dtype)
+    def encode(cls, vae: Any, crops: Sequence[Crop], batch_size: int | None = None) -> LatentCache:
+        """Encode pictures, those of one size in batches; BaseError if the VAE gives no finite numbers.
+
+        Args:
+            batch_size: at most; None is 4 pictures of 256 pixels a side, or one that is larger: four of
+                SDXL's would take more memory than all of training.
+        """
+        means: dict[int, Tensor] = {}
+        stds: dict[int, Tensor] = {}
+        for indices in _batches_of_one_size(crops, batch_size):
+            batch = torch.stack([crops[index].pixels for index in indices]).to(vae.device, vae.dtype)
             # Never under autocast: some VAEs overflow in fp16, and all caches shall be of one precision.
             with torch.no_grad(), torch.autocast(vae.device.type, enabled=False):
                 posterior = vae.encode(batch).latent_dist
-            means.append(posterior.mean.float())
-            stds.append(posterior.std.float())
+            means |= zip(indices, posterior.mean.float(), strict=True)
+            stds |= zip(indices, posterior.std.float(), strict=True)
         # Read from the config: 0.18215 is SD1's scale, not everyone's.
         scale, shift = float(vae.config.scaling_factor), float(vae.config.get("shift_factor") or 0)
-        cache = cls(mean=(torch.cat(means) - shift) * scale, std=torch.cat(stds) * scale)
-        if not (torch.isfinite(cache.mean).all() and torch.isfinite(cache.std).all()):
+        places = range(len(crops))
+        cache = cls(
+            mean=tuple((means[index] - shift) * scale for index in places),
+            std=tuple(stds[index] * scale for index in places),
+            time_ids=torch.tensor([_time_ids(crop) for crop in crops], device=vae.device),
+            masks=tuple(_latent_mask(crops[index], means[index]) for index in places),
+        )
+        if not all(torch.isfinite(values).all() for values in (*cache.mean, *cache.std)):
             raise BaseError("the base's VAE gave latents that are not finite: its weights are broken")
         return cache
 
     @classmethod
-    def of_latents(cls, latents: Tensor) -> LatentCache:
-        """Hold latents in the UNet's scale as they are."""
-        return cls(mean=latents, std=torch.zeros_like(latents))
-
-
-def find_photographs(folder: str | Path) -> list[Path]:
-    """Return the photographs of a folder, by name; each was decoded once, so each can be read.
-
-    Sub-folders, hidden files and files without a picture's suffix (.DS_Store, Thumbs.db, captions, sidecars)
-    are passed over.
-
-    Raises:
-        DataError: no such folder, no photograph in it, or a picture that cannot be read (named).
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        kind = "is a file" if folder.exists() else "does not exist"
-        raise DataError(f"the folder of photographs {folder} {kind}; pass a folder with 3 to 6 photographs")
-    try:
-        files = sorted(path for path in folder.iterdir() if _is_picture(path))
-    except OSError as error:
-        raise DataError(f"the folder of photographs {folder} cannot be read: {error.strerror}") from error
-    if not files:
-        raise DataError(
-            f"no photographs in {folder}: expected files such as .jpg, .png or .webp directly in it; "
-            "put 3 to 6 photographs of the subject there"
+    def of_latents(cls, latents: Sequence[Tensor], vae_scale_factor: int) -> LatentCache:
+        """Hold latents in the UNet's scale as they are, as of whole pictures without a crop."""
+        sizes = [[side * vae_scale_factor for side in picture.shape[1:]] for picture in latents]
+        return cls(
+            mean=tuple(latents),
+            std=tuple(torch.zeros_like(picture) for picture in latents),
+            time_ids=torch.tensor([[*size, 0, 0, *size] for size in sizes], device=latents[0].device).float(),
+            masks=(None,) * len(latents),
         )
-    for path in files:
-        _open_rgb(path)
-    return files
 
-
-def load_photograph(path: str | Path, resolution: int) -> Tensor:
-    """Return a photograph, upright, on white where transparent, scaled and cropped around its centre.
-
-    Args:
-        resolution: side of the square in pixels.
-    Returns:
-        Shape (3, resolution, resolution), float32 in [-1, 1].
-    Raises:
-        DataError: it cannot be read; the message names it.
-    """
-    image = _open_rgb(Path(path), draft=2 * resolution)
-    square = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(square, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-
-
-def mirrored(pictures: Sequence[Tensor]) -> list[Tensor]:
-    """Return the pictures, then their mirror images."""
-    return [*pictures, *(picture.flip(-1) for picture in pictures)]
+    def without_masks(self) -> LatentCache:
+        """Return the same latents with every weight 1: what the prior compares on."""
+        return LatentCache(self.mean, self.std, self.time_ids, (None,) * len(self))
 
 
 def draw(
@@ -155,14 +139,14 @@ def draw(
     return Draws(torch.cat(timesteps), torch.stack(noise), torch.stack(posterior_noise))
 
 
-def picture_indices(stream: str, seed: int, first: int, count: int, pictures: int) -> list[int]:
-    """Return which pictures the samples first ... first + count - 1 of a run use.
+def picture_indices(stream: str, seed: int, numbers: Sequence[int], pictures: int) -> list[int]:
+    """Return which pictures the samples of a run with these numbers use.
 
     Every pass over the pictures is a new shuffle, keyed by (stream, seed, pass), so that nothing is to be
     saved for a resumed run to go on in the same order.
     """
     indices = []
-    for number in range(first, first + count):
+    for number in numbers:
         turn, place = divmod(number, pictures)
         order = torch.randperm(pictures, generator=_generator(f"{stream} order", seed, turn))
         indices.append(int(order[place]))
@@ -175,37 +159,30 @@ def _generator(*key_parts: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(key, "little") >> 1)
 
 
-def _is_picture(path: Path) -> bool:
-    # Hidden files: macOS writes "._IMG_1.jpg" sidecars that are no pictures.
-    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+def _batches_of_one_size(crops: Sequence[Crop], batch_size: int | None) -> list[list[int]]:
+    of_size: dict[torch.Size, list[int]] = {}
+    for index, crop in enumerate(crops):
+        of_size.setdefault(crop.pixels.shape, []).append(index)
+    batches = []
+    for size, indices in of_size.items():
+        most = batch_size or encoded_at_once(size[1] * size[2])
+        batches += [indices[start : start + most] for start in range(0, len(indices), most)]
+    return batches
 
 
-def _open_rgb(path: Path, draft: int | None = None) -> Image.Image:
-    """Return the decoded, upright picture; `draft` lets JPEG decode at no fewer pixels a side than that."""
-    try:
-        with Image.open(path) as image:
-            if draft is not None:
-                image.draft("RGB", (draft, draft))
-            return _flattened(ImageOps.exif_transpose(image))
-    except Exception as error:  # Pillow raises whatever its decoders do: OSError, SyntaxError, struct.error
-        cure = "save it as JPEG or PNG" if path.suffix.lower() in _HEIC else "replace or remove it"
-        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({_first_line(error)})"
-        raise DataError(f"{path} cannot be read as a picture{reason}; {cure}") from error
+def encoded_at_once(pixels: int) -> int:
+    """Return how many pictures of a size the VAE encodes together."""
+    return min(4, max(1, ENCODED_PIXELS // pixels))
 
 
-def _flattened(image: Image.Image) -> Image.Image:
-    """Return the picture as 8-bit RGB, transparency on white."""
-    if image.mode.startswith(("I", "F")):
-        # 16-bit grey: convert() would clip everything above 255 to white.
-        values = np.asarray(image, dtype=np.float32)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
-        image = Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+def _time_ids(crop: Crop) -> list[float]:
+    """Return original size, corner of the crop and target size (Podell et al. 2023, section 2.2)."""
+    return [float(value) for value in (*crop.original_size, *crop.top_left, *crop.pixels.shape[1:])]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0] or type(error).__name__
+def _latent_mask(crop: Crop, latents: Tensor) -> Tensor | None:
+    """Return the mask on the latents' grid with mean 1, so that a small subject does not learn slower."""
+    if crop.mask is None:
+        return None
+    mask = nn.functional.interpolate(crop.mask[None, None], size=latents.shape[1:], mode="area")[0, 0]
+    return (mask / mask.mean()).to(latents.device)

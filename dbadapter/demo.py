@@ -131,8 +131,8 @@ def next_commands(output_dir: str | Path, summary: dict[str, Any]) -> str:
             f"  dbadapter generate --adapter {shlex.quote(str(folder / 'adapter/subject.safetensors'))} \\",
             f'      --prompt "{prompt}" --output-dir pictures',
             "Your own subject, from 3 to 6 photographs in one folder:",
-            "  dbadapter train --base FOLDER --instance-data-dir photos --class-noun dog --output-dir my-dog",
-            "  (FOLDER: a Stable Diffusion 1.x in diffusers' layout; without --base it trains the 64-pixel",
+            "  dbadapter train --base BASE --instance-data-dir photos --class-noun dog --output-dir my-dog",
+            "  (BASE: Stable Diffusion 1.x, 2.x or SDXL; without --base it trains the 64-pixel",
             "  toybox, which runs anywhere and shows the way)",
         ]
     )

@@ -5,6 +5,8 @@ Canonical names are the diffusers paths with the component in front, e.g.
 `text_encoder.text_model.encoder.layers.0.self_attn.q_proj`. The `text_model.` is always there, although
 transformers 5 drops it from CLIPTextModel's own names: ComfyUI and stable-diffusion.cpp silently ignore
 text-encoder keys without it.
+
+kohya's SDXL files have other names than its SD1 and SD2 files: LDM's in the UNet, and numbered text encoders.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Literal
 
+from dbadapter import ldm_names
 from dbadapter.errors import AdapterError
 
 __all__ = [
@@ -30,8 +33,10 @@ Part = Literal["lora_A", "lora_B", "alpha"]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
-# The first prefix of a component is the one we write. `lora_te1_` on SD1 files is kohya's SDXL spelling,
-# which diffusers' own converter writes for every family.
+LAYERS_PER_BLOCK = ldm_names.LAYERS_PER_BLOCK
+
+# The first prefix of a component is written for SD1 and SD2, the last for SDXL; all are read in any file.
+# diffusers' own converter writes `lora_te1_` for every family.
 _KOHYA_PREFIXES: dict[str, tuple[str, ...]] = {
     "unet": ("lora_unet_",),
     "text_encoder": ("lora_te_", "lora_te1_"),
@@ -45,18 +50,27 @@ _COMPOUND_WORDS = (
     "conv_out",
     "conv_shortcut",
     "down_blocks",
+    "emb_layers",
+    "in_layers",
+    "input_blocks",
     "k_proj",
+    "label_emb",
     "linear_1",
     "linear_2",
     "mid_block",
+    "middle_block",
+    "out_layers",
     "out_proj",
+    "output_blocks",
     "proj_in",
     "proj_out",
     "q_proj",
     "self_attn",
+    "skip_connection",
     "text_model",
     "text_projection",
     "time_emb_proj",
+    "time_embed",
     "time_embedding",
     "to_k",
     "to_out",
@@ -81,6 +95,8 @@ _SIMPLE_WORDS = (
     "layers",
     "mlp",
     "net",
+    "op",
+    "out",
     "proj",
     "resnets",
     "upsamplers",
@@ -135,40 +151,54 @@ def canonical_module(component: str, path: str) -> str:
     return f"{component}.text_model.{path}"
 
 
-def to_kohya(module: str) -> str:
+def to_kohya(module: str, *, sdxl: bool = False, layers_per_block: int = LAYERS_PER_BLOCK) -> str:
     """Return kohya's name of a canonical one: `unet.mid_block.x` -> `lora_unet_mid_block_x`.
 
+    Args:
+        module: a canonical name.
+        sdxl: True gives the name as in SDXL files: `lora_unet_middle_block_x`, `lora_te1_`, `lora_te2_`.
+        layers_per_block: the UNet's, for SDXL.
     Raises:
-        AdapterError: the component is unknown.
+        AdapterError: the component is unknown, or SDXL has no name for the layer.
     """
     component = component_of(module)
-    return _KOHYA_PREFIXES[component][0] + module[len(component) + 1 :].replace(".", "_")
+    path = module[len(component) + 1 :]
+    if sdxl and component == "unet":
+        path = ldm_names.diffusers_to_ldm(path, layers_per_block)
+    return _KOHYA_PREFIXES[component][-1 if sdxl else 0] + path.replace(".", "_")
 
 
-def from_kohya(prefix: str, known_modules: Collection[str] | None = None) -> str:
-    """Return the canonical name of a kohya one, the inverse of `to_kohya`.
+def from_kohya(
+    prefix: str,
+    known_modules: Collection[str] | None = None,
+    *,
+    layers_per_block: int = LAYERS_PER_BLOCK,
+) -> str:
+    """Return the canonical name of a kohya one, the inverse of `to_kohya` with or without `sdxl`.
 
     Args:
         prefix: e.g. `lora_unet_mid_block_attentions_0_proj_in` (a key up to its first dot).
         known_modules: canonical names of the base's layers; without them diffusers' own words decide.
+        layers_per_block: the UNet's, for LDM names.
     Raises:
         AdapterError: not a kohya name, or one of a layer that is not known.
     """
     component, rest = _split_kohya_prefix(prefix)
+    words = _words(rest)
+    path = ".".join(words or ())
+    if component == "unet" and ldm_names.is_ldm(path):
+        path = ldm_names.ldm_to_diffusers(path, layers_per_block)
+        rest = path.replace(".", "_")
     if known_modules is not None:
         beginning = f"{component}."
         for module in known_modules:
-            path = module.removeprefix(beginning)
-            if path != module and path.replace(".", "_") == rest:
+            known = module.removeprefix(beginning)
+            if known != module and known.replace(".", "_") == rest:
                 return module
         raise AdapterError(f"Layer {prefix!r} names no layer of the base")
-    words = _words(rest)
     if words is None:
-        raise AdapterError(
-            f"Layer {prefix!r} is none of a Stable Diffusion UNet or CLIP text encoder in diffusers' names "
-            "(SDXL files in LDM names are not read by this version)"
-        )
-    return f"{component}.{'.'.join(words)}"
+        raise AdapterError(f"Layer {prefix!r} is none of a Stable Diffusion UNet or CLIP text encoder")
+    return f"{component}.{path}"
 
 
 def to_raw_peft(module: str, part: Part) -> str:
@@ -177,9 +207,12 @@ def to_raw_peft(module: str, part: Part) -> str:
     return f"{module}.alpha" if part == "alpha" else f"{module}.{part}.weight"
 
 
-def split_key(key: str) -> tuple[str, Part]:
+def split_key(key: str, *, layers_per_block: int = LAYERS_PER_BLOCK) -> tuple[str, Part]:
     """Return (canonical module, part) of a tensor's key in the kohya, diffusers or raw PEFT layout.
 
+    Args:
+        key: of an SD1, SD2 or SDXL file.
+        layers_per_block: the UNet's, for LDM names.
     Raises:
         AdapterError: the key is none of a plain LoRA; the message names it.
     """
@@ -188,7 +221,7 @@ def split_key(key: str) -> tuple[str, Part]:
         part = _KOHYA_PARTS.get(dot + suffix)
         if part is None:
             raise _foreign(key)
-        return from_kohya(prefix), part
+        return from_kohya(prefix, layers_per_block=layers_per_block), part
     return _split_diffusers_key(key)
 
 

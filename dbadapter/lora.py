@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dbadapter import keys
 from dbadapter.adapter import Adapter, LoraWeights, adaptable_layers, check_fits, delta, fitted
 from dbadapter.adapter_file import read_adapter as load_adapter
+from dbadapter.base_folder import family_of_unet
 from dbadapter.errors import AdapterError, ConfigError
 
 __all__ = [
@@ -38,7 +39,6 @@ __all__ = [
 # The name of our one PEFT adapter on a model. Several files are applied as one, joined along the rank.
 ADAPTER_NAME = "dbadapter"
 
-SD2_WIDTH = 1024  # cross_attention_dim of SD2.x; SD1.x has 768
 # What files say (ModelSpec's "v", others' spelling too) in diffusers' words.
 _PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
@@ -64,7 +64,7 @@ TEXT_ENCODER_TARGETS: tuple[str, ...] = tuple(f".self_attn.{p}_proj" for p in ("
 
 
 class TrainableParameters(NamedTuple):
-    """The float32 factors to optimise, apart because each part has its own learning rate."""
+    """The float32 factors to optimise, apart because UNet and text encoders have their own learning rates."""
 
     unet: list[nn.Parameter]
     text_encoder: list[nn.Parameter]
@@ -75,7 +75,7 @@ def target_layers(model: nn.Module, component: str, targets: Sequence[str]) -> d
 
     Args:
         model: a UNet or a CLIP text encoder.
-        component: `unet` or `text_encoder`.
+        component: `unet`, `text_encoder` or `text_encoder_2`.
         targets: names of `TARGETS`; text encoders have `TEXT_ENCODER_TARGETS` whatever is said here.
     Raises:
         ConfigError: an unknown target, or none of the model's layers is one.
@@ -94,6 +94,7 @@ def target_layers(model: nn.Module, component: str, targets: Sequence[str]) -> d
 def inject(
     unet: nn.Module,
     text_encoder: nn.Module | None,
+    text_encoder_2: nn.Module | None = None,
     *,
     rank: int,
     alpha: float | None = None,
@@ -110,7 +111,7 @@ def inject(
     1e-4 vanish.
 
     Args:
-        unet, text_encoder: models without adapters; None leaves the text encoder alone.
+        unet, text_encoder, text_encoder_2: models without adapters; None leaves a text encoder alone.
         rank, text_encoder_rank: inner dimensions, at least 1; the latter is `rank` by default.
         alpha, text_encoder_alpha: numerators of the scale alpha / rank; the rank by default.
         targets: names of `TARGETS`, for the UNet.
@@ -123,8 +124,12 @@ def inject(
     """
     text_rank = rank if text_encoder_rank is None else text_encoder_rank
     generator = torch.Generator().manual_seed(seed) if generator is None else generator
-    parts = [("unet", unet, rank, alpha), ("text_encoder", text_encoder, text_rank, text_encoder_alpha)]
-    plans: dict[str, dict[str, LoraWeights]] = {"unet": {}, "text_encoder": {}}
+    parts = [
+        ("unet", unet, rank, alpha),
+        ("text_encoder", text_encoder, text_rank, text_encoder_alpha),
+        ("text_encoder_2", text_encoder_2, text_rank, text_encoder_alpha),
+    ]
+    plans: dict[str, dict[str, LoraWeights]] = {}
     for component, model, r, a in parts:
         if model is not None:
             scale = float(r if a is None else a)
@@ -134,12 +139,13 @@ def inject(
             plans[component] = {
                 n: _initial_factors(layer, r, scale, generator) for n, layer in layers.items()
             }
-    parameters: dict[str, list[nn.Parameter]] = {"unet": [], "text_encoder": []}
+    parameters: dict[str, list[nn.Parameter]] = {component: [] for component, *_ in parts}
     for component, model, _, _ in parts:
         if model is not None:
             model.requires_grad_(False)
             parameters[component] = _wrap(model, component, plans[component], trainable=True)
-    return TrainableParameters(parameters["unet"], parameters["text_encoder"])
+    texts = [*parameters["text_encoder"], *parameters["text_encoder_2"]]
+    return TrainableParameters(parameters["unet"], texts)
 
 
 @contextmanager
@@ -163,18 +169,21 @@ def collect(
     text_encoder: nn.Module | None,
     family: str,
     metadata: Mapping[str, str] | None = None,
+    *,
+    text_encoder_2: nn.Module | None = None,
 ) -> Adapter:
     """Return a float32 CPU copy of the adapter that `inject` put on the models.
 
     Args:
-        unet, text_encoder: as given to `inject`.
+        unet, text_encoder, text_encoder_2: as given to `inject`.
         family: the base's.
         metadata: what the file's header shall say besides.
     Raises:
         AdapterError: the models have no adapter.
     """
     modules: dict[str, LoraWeights] = {}
-    for component, model in (("unet", unet), ("text_encoder", text_encoder)):
+    models = {"unet": unet, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
+    for component, model in models.items():
         for path, layer in _lora_layers(model).items() if model is not None else ():
             if ADAPTER_NAME in layer.lora_A:
                 modules[keys.canonical_module(component, path)] = LoraWeights(
@@ -184,7 +193,10 @@ def collect(
                 )
     if not modules:
         raise AdapterError("The models carry no adapter of dbadapter: call lora.inject first")
-    return Adapter(family=family, modules=modules, metadata=dict(metadata or {}))
+    said = dict(metadata or {})
+    if family == "sdxl":  # its names in files count layers through the blocks
+        said["dbadapter.layers_per_block"] = str(getattr(unet, "config", {}).get("layers_per_block", 2))
+    return Adapter(family=family, modules=modules, metadata=said)
 
 
 def remove(*models: nn.Module | None) -> None:
@@ -266,8 +278,7 @@ def check_fits_pipeline(adapter: Adapter, pipeline: Any) -> None:
     if "unet" not in models:
         raise AdapterError("The pipeline has no UNet of torch that an adapter could change")
     unet, text_encoder_2 = models["unet"], models.get("text_encoder_2")
-    width = getattr(getattr(unet, "config", None), "cross_attention_dim", None)
-    family = "sdxl" if text_encoder_2 is not None else "sd2" if width == SD2_WIDTH else "sd1"
+    family = family_of_unet(getattr(unet, "config", {}), two_encoders=text_encoder_2 is not None)
     check_fits(adapter, unet, models.get("text_encoder"), text_encoder_2, base_family=family)
     recorded = _PREDICTION_TYPES.get(adapter.metadata.get("modelspec.prediction_type", ""))
     scheduler = getattr(pipeline, "scheduler", None)

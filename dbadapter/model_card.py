@@ -20,6 +20,7 @@ __all__ = ["Made", "describe", "draw_samples", "last_losses", "model_card", "sam
 SAMPLE_CONTEXTS = ("", "on the beach", "in the snow", "at night")
 
 _KEPT = (
+    "full",
     "prior",
     "prior_source",
     "prior_loss_weight",
@@ -31,10 +32,14 @@ _KEPT = (
     "learning_rate",
     "text_encoder_learning_rate",
     "lr_scheduler",
+    "lr_warmup_steps",
+    "optimizer",
     "photo_tokens",
     "train_batch_size",
     "gradient_accumulation_steps",
     "resolution",
+    "aspect_ratio_buckets",
+    "masked_loss",
     "snr_gamma",
     "seed",
 )
@@ -130,9 +135,10 @@ def model_card(made: Made) -> str:
     config, base_name = made.config, made.base_name
     trigger = f"{config.identifier} {config.class_noun}"
     weight_line = f"<lora:{config.name}:1>"
+    lora_tag = [] if config.full else ["lora"]
     header = _yaml(
         {
-            "tags": ["text-to-image", "stable-diffusion", "lora", "dreambooth", "diffusers"],
+            "tags": ["text-to-image", "stable-diffusion", *lora_tag, "dreambooth", "diffusers"],
             "base_model": base_name,
             "instance_prompt": str(config.instance_prompt),
         }
@@ -146,6 +152,29 @@ def model_card(made: Made) -> str:
         **{name.replace("_", " "): _rounded(value) for name, value in made.last_losses.items()},
     }
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None)
+    if config.full:
+        return f"""{header}
+# {config.name}
+
+**{base_name}**, trained whole (without an adapter) so that it knows one {config.class_noun}. Call it
+**`{trigger}`**, for example `{config.instance_prompt}`.
+
+![samples](samples/grid.png)
+
+## Use
+
+- dbadapter: `dbadapter generate --base model --prompt "{config.instance_prompt}" --output-dir pictures`
+- diffusers: `DiffusionPipeline.from_pretrained("model")`
+
+## How it was made
+
+DreamBooth (Ruiz et al. 2022), full fine-tuning, by dbadapter. Everything is in `config.toml`, the losses of
+each step are in `metrics.jsonl`.
+
+| | |
+|---|---|
+{table}
+"""
     return f"""{header}
 # {config.name}
 

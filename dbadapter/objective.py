@@ -89,14 +89,18 @@ def snr_weight(prediction_type: str, snr: Tensor, gamma: float) -> Tensor:
     raise _unknown(prediction_type)
 
 
-def sample_losses(model_pred: Tensor, wanted: Tensor, weights: Tensor | None = None) -> Tensor:
+def sample_losses(
+    model_pred: Tensor, wanted: Tensor, weights: Tensor | None = None, masks: Tensor | None = None
+) -> Tensor:
     """Return each sample's weighted mean squared error, in float32, shape (batch,).
 
     Args:
         model_pred, wanted: (batch, channels, height, width), any float dtype.
         weights: (batch,); None is one each.
+        masks: weights of the places, (batch, 1, height, width), with mean 1; None is one each.
     """
-    losses = (model_pred.float() - wanted.float()).square().flatten(1).mean(1)
+    errors = (model_pred.float() - wanted.float()).square()
+    losses = (errors if masks is None else errors * masks).flatten(1).mean(1)
     return losses if weights is None else losses * weights
 
 
@@ -106,6 +110,7 @@ def dreambooth_loss(
     num_instance: int,
     prior_loss_weight: float,
     weights: Tensor | None = None,
+    masks: Tensor | None = None,
 ) -> Losses:
     """Return the loss of a batch that holds instance samples first, then prior samples.
 
@@ -121,8 +126,13 @@ def dreambooth_loss(
         num_instance: how many of the batch are instance samples, 1 or more.
         prior_loss_weight: lambda.
         weights: per sample, (num_instance + num_prior,).
+        masks: of the instance samples, (num_instance, 1, height, width); the prior has none.
     """
-    losses = sample_losses(model_pred, wanted, weights)
+    if masks is not None:
+        masks = torch.cat(
+            [masks, torch.ones_like(masks[:1]).expand(len(model_pred) - num_instance, -1, -1, -1)]
+        )
+    losses = sample_losses(model_pred, wanted, weights, masks)
     instance = losses[:num_instance].mean()
     if len(losses) == num_instance:
         return Losses(instance, instance, torch.zeros_like(instance))
@@ -130,13 +140,13 @@ def dreambooth_loss(
     return Losses(instance + prior_loss_weight * prior, instance, prior)
 
 
-def lr_factor(lr_scheduler: str, step: int, total: int) -> float:
+def lr_factor(lr_scheduler: str, step: int, total: int, warmup: int = 0) -> float:
     """Return what the learning rate of a step is multiplied with.
 
         constant: 1        linear: 1 - step / total        cosine: (1 + cos(pi step / total)) / 2
 
-    A function of step and total, so that a resumed run needs no state; one that is lengthened goes on at the
-    higher rate of the longer schedule.
+    and, in the first `warmup` steps, with (step + 1) / (warmup + 1) besides. A function of step and total, so
+    that a resumed run needs no state; a lengthened one goes on at the higher rate of the longer schedule.
 
     Args:
         step: counted from 0.
@@ -144,12 +154,13 @@ def lr_factor(lr_scheduler: str, step: int, total: int) -> float:
     Raises:
         ConfigError: another schedule.
     """
+    rise = min(1.0, (step + 1) / (warmup + 1))
     if lr_scheduler == "constant":
-        return 1.0
+        return rise
     if lr_scheduler == "linear":
-        return 1 - step / total
+        return rise * (1 - step / total)
     if lr_scheduler == "cosine":
-        return (1 + math.cos(math.pi * step / total)) / 2
+        return rise * (1 + math.cos(math.pi * step / total)) / 2
     raise ConfigError(f"lr_scheduler must be constant, linear or cosine, got {lr_scheduler!r}")
 
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dbadapter import checkpoint
-from dbadapter.base import Base, load_base, pick_precision
+from dbadapter.advice import advice
+from dbadapter.base import Base, load_base, pick_device, pick_precision
 from dbadapter.checkpoint import Snapshot
+from dbadapter.class_images import check_manifest
 from dbadapter.config import TrainConfig
-from dbadapter.data import find_photographs
-from dbadapter.errors import UsageError
+from dbadapter.errors import DataError, OutputError, UsageError
+from dbadapter.loggers import check_logger
+from dbadapter.optimizers import check_optimizer
+from dbadapter.photographs import Photograph, find_photographs
+from dbadapter.preparation import picture_sizes
 from dbadapter.prompts import resolve
 from dbadapter.run_folder import RunFolder
 
@@ -25,52 +36,108 @@ class Plan:
 
     Args:
         config: resolved.
-        base: as loaded, in float32.
+        base: as loaded, in float32; the UNet in bfloat16 if it will be trained so.
         photographs: in their order.
+        sizes: (width, height) in pixels that they are cropped to.
         folder: where it will write; nothing is written yet.
         identity: what its checkpoints will carry.
         snapshot: the checkpoint that it goes on from, None from the start.
+        finished: there is nothing left to do: the run is complete.
     """
 
     config: TrainConfig
     base: Base
-    photographs: tuple[Path, ...]
+    photographs: tuple[Photograph, ...]
+    sizes: tuple[tuple[int, int], ...]
     folder: RunFolder
     identity: Mapping[str, Any]
     snapshot: Snapshot | None
+    finished: bool
 
 
-def plan(config: TrainConfig) -> Plan:
+def plan(config: TrainConfig, device: torch.device | None = None) -> Plan:
     """Check a configuration against photographs, folders, base and checkpoints, and write nothing.
 
+    What is possible but unwise becomes a warning, see `advice`.
+
+    Args:
+        device: where the base goes; None picks CUDA where it is, else the CPU.
     Raises:
         ConfigError, UsageError, DataError, BaseError, OutputError: what is wrong, and the cure.
         TrainingError: the checkpoint to resume from is broken.
     """
     config.validate()
+    check_optimizer(config.optimizer)
+    check_logger(config.logger)
     folder = RunFolder(config.output_dir, config.name or config.output_dir.resolve().name)
     photographs = find_photographs(config.instance_data_dir)
+    if config.masked_loss and all(photograph.mask is None for photograph in photographs):
+        raise DataError(
+            f"masked loss was asked for, and no photograph in {config.instance_data_dir} has a mask; put "
+            "NAME.mask.png beside NAME.jpg (white counts), use pictures with transparency, or leave it out"
+        )
     if config.class_data_dir is not None:
         find_photographs(config.class_data_dir)
     folder.check(config.instance_data_dir, overwrite=config.overwrite, resume=config.resume)
-    base = load_base(config.base, prediction_type=config.prediction_type)
-    resolved = resolve(config, base, len(photographs))
-    pick_precision(base.device, resolved.mixed_precision)
+    target = pick_device() if device is None else device
+    in_half = not config.full and pick_precision(target, config.mixed_precision or "auto") == "bf16"
+    base = load_base(
+        config.base,
+        device=target,
+        unet_dtype=torch.bfloat16 if in_half else None,  # what training casts it to anyway
+        prediction_type=config.prediction_type,
+    )
+    resolved = resolve(config, base, photographs)
+    pick_precision(base.device, str(resolved.mixed_precision))
+    check_optimizer(resolved.optimizer, base.device)
+    if resolved.compile:
+        _check_compiler(base.device)
+    if resolved.class_data_dir is not None:
+        check_manifest(resolved.class_data_dir, base, resolved)
+    sizes = picture_sizes(resolved, base, photographs)
     identity = checkpoint.run_identity(resolved, base, photographs)
-    snapshot = _resumed(resolved, folder, identity)
-    return Plan(resolved, base, tuple(photographs), folder, identity, snapshot)
+    snapshot, finished = _resumed(resolved, folder, identity)
+    if not finished:
+        for message in advice(resolved, base.family, photographs, sizes):
+            warnings.warn(message, UserWarning, stacklevel=1)
+    return Plan(resolved, base, tuple(photographs), tuple(sizes), folder, identity, snapshot, finished)
 
 
-def _resumed(config: TrainConfig, folder: RunFolder, identity: Mapping[str, Any]) -> Snapshot | None:
-    """Return the newest checkpoint, if the run is to go on from it."""
-    if not config.resume or (path := checkpoint.newest(folder.checkpoints)) is None:
-        return None
+def _resumed(
+    config: TrainConfig, folder: RunFolder, identity: Mapping[str, Any]
+) -> tuple[Snapshot | None, bool]:
+    """Return the newest checkpoint, if the run is to go on from it, and whether it is finished."""
+    if not config.resume:
+        return None, False
+    total = int(config.max_train_steps or 0)
+    if (path := checkpoint.newest(folder.checkpoints)) is None:
+        if not folder.finished:
+            return None, False
+        if folder.steps_logged == total:
+            return None, True
+        raise OutputError(
+            f"{folder.path} holds a finished run of {folder.steps_logged} steps and no checkpoint to go on "
+            "from; pass --overwrite to start anew"
+        )
     snapshot = checkpoint.read(path)
     checkpoint.check_same_run(snapshot, identity)
-    # A run that was stopped between its last step and its file is finished by --resume.
-    beyond = snapshot.step - int(config.max_train_steps or 0)
-    if beyond > 0 or (beyond == 0 and folder.finished):
+    if snapshot.step > total:
         raise UsageError(
             f"{folder.path} has {snapshot.step} steps already; to go on pass --max-train-steps above that"
         )
-    return snapshot
+    # A run that was stopped between its last step and its file is finished by --resume.
+    return snapshot, snapshot.step == total and folder.finished
+
+
+def _check_compiler(device: torch.device) -> None:
+    """Raise UsageError where torch.compile lacks what it compiles with; it would fail in the first step."""
+    if device.type == "cuda" and find_spec("triton") is None:
+        raise UsageError("--compile needs triton on a GPU, which is not installed: pip install triton")
+    compiler = os.environ.get("CXX") or "g++"
+    names = (compiler, "clang++", "cl", "icx")
+    if device.type == "cpu" and not any(
+        shutil.which(Path(name).name) or Path(name).is_file() for name in names
+    ):
+        raise UsageError(
+            "--compile needs a C++ compiler on a CPU, and none was found: install g++, or leave it out"
+        )

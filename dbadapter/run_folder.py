@@ -33,6 +33,16 @@ class RunFolder:
         return self.path / f"{self.name}.safetensors"
 
     @property
+    def best_adapter(self) -> Path:
+        """The adapter at the step with the lowest validation loss, where that is not the last step."""
+        return self.path / f"{self.name}-best.safetensors"
+
+    @property
+    def model(self) -> Path:
+        """The whole model of a run with `full`, a diffusers folder."""
+        return self.path / "model"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a step."""
         return self.path / "metrics.jsonl"
@@ -64,18 +74,30 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the adapter is that of the newest checkpoint, not of a run before it."""
-        if not self.adapter.exists():
+        """Whether the run is complete, and not a run before it: its model card is written last."""
+        if self._earlier.is_dir():  # of a run that was cut before it had anything to show
             return False
-        written = self.adapter.stat().st_mtime_ns
+        if not (self.card.exists() and (self.adapter.exists() or self.model.exists())):
+            return False
+        written = self.card.stat().st_mtime_ns
         return all(path.stat().st_mtime_ns <= written for path in self._own_checkpoints())
+
+    @property
+    def steps_logged(self) -> int:
+        """Steps in the metrics."""
+        history = self.read_metrics() if self.metrics.exists() else []
+        return int(history[-1]["step"] or 0) if history else 0
+
+    def checkpoint_of(self, step: int) -> Path:
+        """The checkpoint of a step, which need not be there."""
+        return self.checkpoints / f"step-{step:06d}.safetensors"
 
     def check(self, instance_data_dir: Path, *, overwrite: bool, resume: bool) -> None:
         """Pass if a run may write here; ask before hours of work, not after.
 
         Raises:
-            OutputError: it is a file, the photographs' own folder, holds outputs already (unless overwrite
-                or resume), or holds nothing to resume.
+            OutputError: it is a file, the photographs' own folder, or holds outputs already (unless overwrite
+                or resume, and they are a run's).
         """
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is a file; expected a folder: pass another --output-dir")
@@ -84,22 +106,15 @@ class RunFolder:
                 f"{self.path} holds the photographs, and the run's pictures would mix with them; "
                 "pass another --output-dir"
             )
-        if resume and not self._own_checkpoints():
-            if self._earlier.is_dir():
-                raise OutputError(
-                    f"{self.path} holds no checkpoint of the run that was cut; pass --overwrite to start it "
-                    f"anew, or move what {self._earlier} keeps of the run before it back to {self.path}"
-                )
-            raise OutputError(f"{self.path} holds no checkpoint to resume from; leave out --resume")
         present = [path.name for path in self._outputs() if path.exists()]
-        if overwrite and present and not self._is_run():
+        if (overwrite or resume) and present and not self._is_run():
             raise OutputError(
-                f"{self.path} holds {present[0]}, but no run of dbadapter, so it is not replaced; "
+                f"{self.path} holds {present[0]}, but no run of dbadapter, so it is not touched; "
                 "pass another --output-dir"
             )
         if present and not (overwrite or resume):
             cure = "pass --overwrite to replace it, or another --output-dir"
-            if self._own_checkpoints() and not self.finished:
+            if self._is_run() and not self.finished:
                 cure = f"pass --resume to go on with that run, {cure}"
             raise OutputError(f"{self.path} holds {present[0]} already; {cure}")
 
@@ -127,7 +142,21 @@ class RunFolder:
             ) from error
 
     def append_metrics(self, lines: Iterable[Mapping[str, float | int | None]]) -> None:
-        """Append one JSON object a line."""
+        """Append one JSON object a line.
+
+        Raises:
+            OutputError: they cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)  # somebody may have removed it meanwhile
+            self._append(lines)
+        except OSError as error:
+            raise OutputError(
+                f"{self.metrics} cannot be written: {error.strerror or error}; what was saved before is as "
+                "it was: make room, and add --resume"
+            ) from error
+
+    def _append(self, lines: Iterable[Mapping[str, float | int | None]]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(dict(line)) + "\n" for line in lines)
 
@@ -135,13 +164,20 @@ class RunFolder:
         """Return the steps so far, those before a resume included."""
         return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
 
-    def abandon(self) -> None:
+    def give_up(self) -> None:
+        """Leave the folder so that the next run, or --resume, finds all that this one has saved."""
+        if self._own_checkpoints():
+            self.settle()
+        else:
+            self._abandon()
+
+    def _abandon(self) -> None:
         """Take away what a run that never made a checkpoint has left, and put the earlier run back.
 
         Finished class pictures stay, which may have taken an hour, and the configuration with them: it
         tells the next run that the folder may be replaced.
         """
-        pictures = any(self.class_images.glob("record.json"))
+        pictures = any(self.class_images.glob("*.png"))
         if self.made and not pictures:
             shutil.rmtree(self.path, ignore_errors=True)
             return
@@ -192,7 +228,16 @@ class RunFolder:
 
     def _outputs(self) -> list[Path]:
         sidecars = [self.adapter.with_suffix(end) for end in (".json", ".png")]
-        rest = [self.config, self.metrics, self.card, self.samples, self.checkpoints, self.class_images]
+        sidecars.append(self.best_adapter)
+        rest = [
+            self.model,
+            self.config,
+            self.metrics,
+            self.card,
+            self.samples,
+            self.checkpoints,
+            self.class_images,
+        ]
         return [self.adapter, *sidecars, *rest]
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "lora_tags",
     "parameters_text",
     "save_pictures",
+    "write_png",
 ]
 
 GENERATOR = "dbadapter"  # written into every PNG, so that we only ever remove pictures of our own
@@ -77,6 +78,7 @@ def generate_pictures(
     num_inference_steps: int = 25,
     guidance_scale: float | None = None,
     seed: int = 0,
+    seeds: Sequence[int] | None = None,
     height: int | None = None,
     width: int | None = None,
     batch_size: int = 4,
@@ -92,6 +94,7 @@ def generate_pictures(
         pipeline: called like diffusers' StableDiffusionPipeline; left as it was.
         guidance_scale: of classifier-free guidance; None is the preset of the pipeline's family, which
             ours carry, and 7.5 for any other pipeline.
+        seeds: one for each picture instead of seed + i.
         height, width: pixels; None means the base's own resolution.
         batch_size: pictures denoised together; it changes speed and memory, no picture.
         adapters_text: appended to the prompt in the parameters, as `lora_tags` writes it; not sampled from.
@@ -118,7 +121,7 @@ def generate_pictures(
     for prompt in [*prompts, negative_prompt or ""]:
         check_prompt(pipeline.tokenizer, prompt)
     repeated = [prompt for prompt in prompts for _ in range(num_images_per_prompt)]
-    jobs = [(prompt, seed + index) for index, prompt in enumerate(repeated)]
+    jobs = list(zip(repeated, seeds or range(seed, seed + len(repeated)), strict=True))
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
     total = len(batches) * num_inference_steps
     pictures: list[Picture] = []
@@ -236,10 +239,10 @@ def save_pictures(pictures: Sequence[Picture], folder: str | Path, overwrite: bo
         folder.mkdir(parents=True, exist_ok=True)
         written = [folder / f"{index:04d}.png" for index in range(len(pictures))]
         for picture, path in zip(pictures, written, strict=True):
-            _write_png(picture.image, path, picture.parameters)
+            write_png(picture.image, path, picture.parameters)
         if pictures:
             written.append(folder / GRID_NAME)
-            _write_png(_pictures_grid(pictures), written[-1])
+            write_png(_pictures_grid(pictures), written[-1])
         for path in folder.iterdir():
             if _NUMBERED.fullmatch(path.name) and path not in written and _is_ours(path):
                 path.unlink()
@@ -351,7 +354,8 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def _write_png(image: Image.Image, path: Path, parameters: str | None = None) -> None:
+def write_png(image: Image.Image, path: Path, parameters: str | None = None) -> None:
+    """Write a PNG beside its target and rename it; `parameters` as `parameters_text` makes them."""
     info = PngImagePlugin.PngInfo()
     if parameters is not None:
         info.add_text("parameters", parameters)

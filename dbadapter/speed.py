@@ -7,12 +7,13 @@ with bfloat16 alone, 455 with channels_last, 410 with freed memory kept, 343 wit
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 import sys
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dbadapter.base import Base, Precision
 
@@ -20,14 +21,20 @@ __all__ = [
     "DTYPES",
     "autocast",
     "enable_gradient_checkpointing",
+    "hand_back_freed_memory",
     "keep_freed_memory",
+    "keep_vae_exact",
     "peak_memory_mb",
     "prepare_frozen",
+    "prepare_whole",
     "use_fast_layers",
+    "use_tensor_cores",
 ]
 
-# Plain attention keeps one number for each pair of tokens: 1024 tokens are 4 MB a head and sample in float32.
-PLAIN_ATTENTION_TOKENS = 1024
+# Up to how many tokens plain attention is taken on a CPU. It keeps one number for each pair of tokens: at
+# 1024, 4 MB a head and sample in float32, where it is no faster than the fused one, which keeps none. In
+# bfloat16 it is half of that, and takes a tenth off a step of SD1.5's size at 256 pixels.
+PLAIN_ATTENTION_TOKENS: dict[Precision, int] = {"no": 256, "bf16": 1024, "fp16": 256}
 DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -37,61 +44,108 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
 
 
 def prepare_frozen(base: Base, precision: Precision) -> None:
-    """Cast the frozen weights of UNet and text encoder once, in place; call it before adapters are injected.
+    """Cast the frozen weights of UNet and text encoders once, in place; call it before adapters are injected.
 
     Autocast would cast them anew in every layer of every step: it caches casts of trainable weights only.
-    The VAE stays float32: it overflows in fp16 in some bases, and encodes each photograph only once.
+    The VAE stays float32: it overflows in fp16 in some bases, SDXL's above all, and encodes each photograph
+    only once.
     """
+    prepare_whole(base, precision)
     if precision == "no":
         return
     # nn.Module's own `to`: diffusers' prints a warning about an empty list of layers to keep in float32.
-    nn.Module.to(base.unet, dtype=DTYPES[precision])
-    base.unet.to(memory_format=torch.channels_last)
-    nn.Module.to(base.text_encoder, dtype=DTYPES[precision])
+    for model in (base.unet, *base.text_encoders.values()):
+        nn.Module.to(model, dtype=DTYPES[precision])
 
 
-def use_fast_layers(base: Base, resolution: int) -> None:
+def prepare_whole(base: Base, precision: Precision) -> None:
+    """Lay the UNet's weights out as its convolutions like them; in float32 on a CPU that does not help."""
+    if precision != "no" or base.device.type == "cuda":
+        base.unet.to(memory_format=torch.channels_last)
+
+
+def keep_vae_exact(vae: Any) -> None:
+    """Let the VAE decode in its own precision under autocast too: SDXL's overflows in fp16."""
+    decode = vae.decode
+
+    def exact(latents: Tensor, *arguments: Any, **options: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.to(vae.dtype), *arguments, **options)
+
+    vae.decode = exact
+
+
+def use_tensor_cores(device: torch.device) -> None:
+    """Let a GPU multiply float32 in TF32, for the rest of the process; a CPU is left alone."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
+
+
+def use_fast_layers(base: Base, pixels: int, precision: Precision) -> None:
     """Choose the quicker of equal ways through the layers; call it after adapters were injected.
 
     PEFT casts every input to the factors' float32, which autocast undoes at once: 15 % of a step. torch's
     fused attention is slow on CPUs in its backward pass; plain attention takes a third off the step's.
+
+    Args:
+        pixels: of the largest training picture.
     """
     from diffusers.models.attention_processor import AttnProcessor
 
-    for model in (base.unet, base.text_encoder):
+    for model in (base.unet, *base.text_encoders.values()):
         for module in model.modules() if model is not None else ():
             if hasattr(module, "lora_A"):
                 module.cast_input_dtype_enabled = False
-    tokens = (resolution // base.vae_scale_factor) ** 2
-    if base.device.type == "cpu" and tokens <= PLAIN_ATTENTION_TOKENS:
+    tokens = pixels // base.vae_scale_factor**2
+    if base.device.type == "cpu" and tokens <= PLAIN_ATTENTION_TOKENS[precision]:
         base.unet.set_attn_processor(AttnProcessor())
 
 
 def enable_gradient_checkpointing(base: Base) -> None:
     """Trade time for memory: keep few activations, compute the rest again in the backward pass."""
     base.unet.enable_gradient_checkpointing()
-    text_encoder = base.text_encoder
-    if hasattr(text_encoder, "activation_checkpointing_enable"):  # its name since transformers 5
-        text_encoder.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    # Both checkpoint in training mode only. SD's parts have no dropout, so nothing else changes.
+    for text_encoder in base.text_encoders.values():
+        if hasattr(text_encoder, "activation_checkpointing_enable"):  # its name since transformers 5
+            text_encoder.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+        # Both checkpoint in training mode only. SD's parts have no dropout, so nothing else changes.
+        text_encoder.train()
     base.unet.train()
-    base.text_encoder.train()
 
 
-def keep_freed_memory(device: torch.device) -> None:
+def keep_freed_memory(device: torch.device, *, sparing: bool = False) -> None:
     """Let glibc keep freed memory for the rest of the process instead of handing it back in every step.
 
     Each step frees and takes the same activations; returned to the kernel, they are zeroed page by page.
+
+    Args:
+        sparing: hand back what is larger than two megabytes: at SD1.5's size in float32 that takes a part off
+            the peak, the gaps of the heap; at one megabyte more, but then a step takes a fifth longer.
     """
-    if device.type != "cpu" or sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
+    if device.type != "cpu" or not _has_glibc():
         return
     libc: Any = ctypes.CDLL(None)
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX
-    libc.mallopt(mmap_max, 0)
+    # malloc.h: M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_MMAP_MAX
+    trim_threshold, top_pad, mmap_threshold, mmap_max = -1, -2, -3, -4
+    if sparing:
+        libc.mallopt(mmap_threshold, 2 * 2**20)
+    else:
+        libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, 2**31 - 1)
     libc.mallopt(top_pad, 64 * 2**20)
+
+
+def hand_back_freed_memory(device: torch.device) -> None:
+    """Let glibc hand back what it has kept: what setting up has freed lies scattered over the heap."""
+    gc.collect()
+    if device.type == "cpu" and _has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _has_glibc() -> bool:
+    return sys.platform == "linux" and platform.libc_ver()[0] == "glibc"
 
 
 def peak_memory_mb(device: torch.device) -> float:

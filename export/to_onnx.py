@@ -72,12 +72,16 @@ def export_onnx(
         UsageError: an unknown dtype.
         AdapterError: an adapter is broken or does not fit the base.
         OutputError: the folder exists, or the disk has no room for it.
-        ExportError: the export differs from torch by more than the tolerance.
+        ExportError: the base is SDXL, or the export differs from torch by more than the tolerance.
     """
     started = time.perf_counter()
     output_dir = Path(output_dir)
     if dtype not in DTYPES:
         raise UsageError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
+    if base.family == "sdxl":
+        raise ExportError(
+            f"base {base.name} is SDXL, which this version does not export; pass toybox, SD1.x or SD2.x"
+        )
     if base.unet.dtype != torch.float32:
         raise UsageError(f"the base must be loaded in float32 to be exported, got {base.unet.dtype}")
     loaded = _load(base, adapters)

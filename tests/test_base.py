@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from dbadapter.base import (
     Base,
     check_prompt,
-    detect_family,
-    encode_prompt,
     load_base,
     pick_device,
     pick_precision,
     tokenize,
 )
+from dbadapter.base_folder import detect_family
+from dbadapter.conditioning import encode_prompts
 from dbadapter.errors import BaseError, DataError, UsageError
 
 
@@ -87,10 +87,11 @@ def test_loading_says_nothing(tiny_base_folder: Path, capfd: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("no-such-base", "no such folder; pass toybox or a diffusers folder"),
-        ("someone/some-model", "hf download someone/some-model"),
-        ("./a/b", "no such folder"),
-        ("~nosuchuser/x", "pass toybox or a diffusers folder"),
+        ("no-such-base", "no such file or folder; pass toybox, a diffusers folder, a file or a hub id"),
+        ("someone/some-model", "cannot be fetched from the hub .*HF_HUB_OFFLINE"),
+        ("./a/b", "no such file or folder"),
+        ("a/b.safetensors", "no such file or folder"),
+        ("~nosuchuser/x", "pass toybox, a folder or a file"),
     ],
 )
 def test_spec_that_names_nothing(spec: str, message: str) -> None:
@@ -98,11 +99,7 @@ def test_spec_that_names_nothing(spec: str, message: str) -> None:
         load_base(spec)
 
 
-def test_single_file_and_plain_folder_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "model.safetensors"
-    file.write_bytes(b"x")
-    with pytest.raises(BaseError, match="from_single_file"):
-        load_base(str(file))
+def test_plain_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BaseError, match=r"no model_index\.json"):
         load_base(str(tmp_path))
 
@@ -116,10 +113,13 @@ def null_text_config(content: dict[str, Any]) -> None:
     content["text_config"] = None
 
 
+def refiner(index: dict[str, Any]) -> None:
+    index.update(text_encoder=[None, None], text_encoder_2=["transformers", "CLIPTextModelWithProjection"])
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("model_index.json", set_key("text_encoder_2", ["transformers", "CLIPTextModel"]), "SDXL"),
         ("model_index.json", set_key("transformer", ["diffusers", "FluxTransformer2DModel"]), "DiT"),
         ("model_index.json", set_key("text_encoder", ["transformers", "T5EncoderModel"]), "T5EncoderModel"),
         ("model_index.json", set_key("vae", [None, None]), "part vae is missing"),
@@ -129,7 +129,8 @@ def null_text_config(content: dict[str, Any]) -> None:
         ("unet/config.json", set_key("in_channels", [4]), "not a plain text-to-image UNet"),
         ("unet/config.json", set_key("in_channels", 9), "inpainting"),
         ("unet/config.json", set_key("in_channels", 8), "InstructPix2Pix"),
-        ("unet/config.json", set_key("cross_attention_dim", 1024), "SD2"),
+        ("unet/config.json", set_key("cross_attention_dim", 1024), "belong to different models"),
+        ("unet/config.json", set_key("addition_embed_type", "text_time"), "SDXL has two encoders"),
         ("unet/config.json", set_key("cross_attention_dim", 768), "belong to different models"),
         ("text_encoder/config.json", lambda content: content.pop("hidden_size"), "no hidden_size"),
         ("scheduler/scheduler_config.json", set_key("prediction_type", "sample"), "predicts 'sample'"),
@@ -197,12 +198,12 @@ def test_too_long_prompt_is_an_error_never_cut(tiny_base: Base) -> None:
     with pytest.raises(DataError, match="31 tokens long, this base reads at most 30"):
         check_prompt(tokenizer, "mug " * 31)
     with pytest.raises(DataError):
-        encode_prompt(tiny_base.text_encoder, tokenizer, ["mug", "mug " * 31])
+        encode_prompts(tiny_base, ["mug", "mug " * 31])
 
 
 def test_encoding_is_that_of_the_pipeline(tiny_base: Base) -> None:
     with torch.no_grad():
-        ours = encode_prompt(tiny_base.text_encoder, tiny_base.tokenizer, ["a photo of sks dog", ""])
+        ours = encode_prompts(tiny_base, ["a photo of sks dog", ""]).embeddings
         theirs, _ = tiny_base.pipeline.encode_prompt(
             ["a photo of sks dog", ""], "cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
         )
@@ -242,3 +243,26 @@ def test_precision_of_gpus(
 def test_device() -> None:
     assert pick_device("cpu") == torch.device("cpu")
     assert pick_device().type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def hub_cache(tiny_base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the hub that holds one repository, as `hf download` leaves it."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub/models--someone--tiny"
+    shutil.copytree(tiny_base_folder, repository / "snapshots/abc")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("abc")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(
+        "diffusers.pipelines.pipeline_utils.HF_HUB_CACHE", str(tmp_path / "hub"), raising=False
+    )
+    return repository
+
+
+def test_hub_id_is_read_from_the_cache_offline(hub_cache: Path) -> None:
+    base = load_base("someone/tiny", device="cpu")
+    assert (base.name, base.family) == ("someone/tiny", "sd1")
+    with pytest.raises(BaseError, match=r"base someone/other: .* cannot be fetched from the hub"):
+        load_base("someone/other")

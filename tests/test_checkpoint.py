@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,8 @@ from torch import nn
 from dbadapter import checkpoint
 from dbadapter.base import Base
 from dbadapter.config import TrainConfig
-from dbadapter.errors import ConfigError, TrainingError
+from dbadapter.errors import ConfigError, OutputError, TrainingError
+from dbadapter.photographs import Photograph
 
 IDENTITY: dict[str, Any] = {"rank": 8, "targets": ("attention",), "snr_gamma": None}
 
@@ -88,10 +91,48 @@ def test_newest_wins_and_old_ones_go(tmp_path: Path) -> None:
     assert checkpoint.read(newest).step == 1_200_000
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "notes.txt",
-        "step-000400.safetensors",
         "step-001000.safetensors",
         "step-1200000.safetensors",
     ]
+
+
+def test_the_best_stays(tmp_path: Path) -> None:
+    parameters, optimizer = optimised()
+    for step, loss in ((100, 0.5), (200, 0.25), (300, 0.75), (400, 1.0), (500, 1.0)):
+        best = checkpoint.Best(step, loss) if loss > 0.25 and step < 200 else checkpoint.Best(200, 0.25)
+        snapshot = checkpoint.capture(step, parameters, optimizer, scaler(), IDENTITY, best)
+        checkpoint.write(tmp_path, snapshot)
+    assert sorted(int(path.stem[5:]) for path in tmp_path.iterdir()) == [200, 400, 500]
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None
+    assert checkpoint.read(newest).best == (200, 0.25)
+
+
+def test_random_states_come_back(tmp_path: Path) -> None:
+    """Nothing of ours draws from them, an optimizer or layer of somebody else's may."""
+    parameters, optimizer = optimised()
+    path = checkpoint.write(tmp_path, checkpoint.capture(3, parameters, optimizer, scaler(), IDENTITY))
+
+    def numbers() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(1))]
+
+    expected = numbers()
+    checkpoint.restore(checkpoint.read(path), parameters, optimizer, scaler())
+    assert numbers() == expected
+
+
+def test_full_disk_keeps_what_was_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters, optimizer = optimised()
+    first = checkpoint.write(tmp_path, checkpoint.capture(3, parameters, optimizer, scaler(), IDENTITY))
+    before = first.read_bytes()
+
+    def full(number: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OutputError, match=r"step 6 cannot be written .* No space left on device.*--resume"):
+        checkpoint.write(tmp_path, checkpoint.capture(6, parameters, optimizer, scaler(), IDENTITY))
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
 def test_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
@@ -105,9 +146,9 @@ def test_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
 
 def test_identity_holds_what_decides_the_weights(tmp_path: Path, tiny_base: Base) -> None:
     config = TrainConfig(tmp_path, "dog", tmp_path).resolved("sd1", 512, "sks")
-    photographs = [tmp_path / "a.png", tmp_path / "b.png"]
-    for path in photographs:
-        path.write_bytes(path.name.encode())
+    photographs = [Photograph(tmp_path / name, (8, 8), None, None) for name in ("a.png", "b.png")]
+    for photograph in photographs:
+        photograph.path.write_bytes(photograph.path.name.encode())
     identity = checkpoint.run_identity(config, tiny_base, photographs)
     assert identity["photographs"].startswith("2 files ")
     assert identity["prediction_type"] == "epsilon"
@@ -115,7 +156,7 @@ def test_identity_holds_what_decides_the_weights(tmp_path: Path, tiny_base: Base
     assert not {"learning_rate", "max_train_steps", "mixed_precision", "output_dir"} & set(identity)
     with torch.no_grad():
         tiny_base.unet.conv_out.weight.add_(1e-3)
-    photographs[1].write_bytes(b"another picture")
+    photographs[1].path.write_bytes(b"another picture")
     other = checkpoint.run_identity(config, tiny_base, photographs)
     changed = {name for name in identity if identity[name] != other[name]}
     assert changed == {"base_fingerprint", "photographs"}

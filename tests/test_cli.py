@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import click
 import pytest
 from command_line import assert_refused, raises, run, tree
+from PIL import Image
 
 from dbadapter.cli import main
 from dbadapter.cli.options import parse_adapters
@@ -80,11 +82,22 @@ def test_junk_files_are_passed_over(train_words: list[str | Path], photographs: 
 def test_dry_run_prints_what_config_reads(train_words: list[str | Path], tmp_path: Path) -> None:
     printed = run(*train_words, "--rank", "2", "--dry-run").stdout
     assert "rank = 2\n" in printed
+    for part in (
+        "#   0.png: 48x40, trained at 32x32",
+        "#   a photo of sks dog  ->  a:320 photo:1125 of:539 sks:48136 dog:1929",
+        "layers of the UNet at rank 2",
+        "layers of the text encoders at rank 2",
+        "# Estimated memory on this cpu",
+        "# Adapter's file: about",
+    ):
+        assert part in printed, part
     assert 'identifier = "sks"' in printed
     path = tmp_path / "config.toml"
     path.write_text(printed, encoding="utf-8")
     again = run("train", "--config", path, "--dry-run")
-    assert again.stdout == printed, again.stderr
+    assert tomllib.loads(again.stdout) == tomllib.loads(printed), again.stderr
+    assert "  # diffusers, examples/dreambooth" in printed  # where a preset's value comes from
+    assert "  # diffusers, examples/dreambooth" not in again.stdout
     changed = run("train", "--config", path, "--rank", "3", "--dry-run").stdout
     assert "rank = 3\n" in changed
 
@@ -125,7 +138,7 @@ def test_toybox_on_real_photographs_warns(photographs: Path, tmp_path: Path) -> 
     words = ["train", "--class-noun", "dog", "--output-dir", tmp_path / "out", "--dry-run"]
     result = run(*words, "--instance-data-dir", photographs)
     assert "Warning: no --base given" in result.stderr
-    assert "--base FOLDER" in result.stderr
+    assert "Stable Diffusion 1.x, 2.x or SDXL" in result.stderr
     for quiet in (["--base", "toybox", "--instance-data-dir", photographs],
                   ["--instance-data-dir", toybox.example_subject().folder]):  # fmt: skip
         result = run(*words, *quiet)
@@ -188,7 +201,7 @@ def test_signals_end_a_run_cleanly(
 def test_what_comes_from_outside(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, line: str
 ) -> None:
-    monkeypatch.setattr("dbadapter.base_folder.load_tokenizer", raises(error))
+    monkeypatch.setattr("dbadapter.base.load_tokenizers_of", raises(error))
     result = run("tokens")
     assert result.stderr.startswith(line)
     assert result.stderr.count("\n") == 1
@@ -198,7 +211,7 @@ def test_what_comes_from_outside(
 def test_the_toybox_warning_comes_once_before_training(
     photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stop(config: Any, progress: Callable[[str, int, int], None]) -> None:
+    def stop(config: Any, progress: Callable[[str, int, int], None], on_log: object) -> None:
         progress("class pictures", 0, 2)
         progress("train", 0, 2)
         raise OutputError("enough")
@@ -229,7 +242,7 @@ def test_export_into_an_empty_folder_is_the_librarys_to_refuse(
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dbadapter.base_folder.load_tokenizer", raises(ZeroDivisionError("a bug")))
+    monkeypatch.setattr("dbadapter.base.load_tokenizers_of", raises(ZeroDivisionError("a bug")))
     assert isinstance(run("tokens").exception, ZeroDivisionError)
 
 
@@ -240,3 +253,30 @@ def test_adapter_weights(tmp_path: Path) -> None:
     assert parse_adapters((f"{odd}=0.5", "x=-1e-1")) == {str(odd): 0.5, "x": -0.1}
     with pytest.raises(UsageError, match="given twice"):
         parse_adapters(("x=1", "x=2"))
+
+
+def test_a_finished_run_says_so(train_words: list[str | Path], tmp_path: Path) -> None:
+    words = [
+        *train_words,
+        "--max-train-steps",
+        "1",
+        "--rank",
+        "1",
+        "--validation-prompt",
+        "a dog",
+        "--resume",
+    ]
+    assert run(*words).exit_code == 0  # without a checkpoint it starts at step 0
+    file = tmp_path / "out/out.safetensors"
+    before = file.read_bytes()
+    again = run(*words)
+    assert (again.exit_code, again.stdout.splitlines()[0][:16]) == (0, "Finished already")
+    assert file.read_bytes() == before
+
+
+def test_a_mask_weighs_the_loss(train_words: list[str | Path], photographs: Path, tmp_path: Path) -> None:
+    """Only one photograph has one, which is said."""
+    Image.new("L", (48, 40), 255).save(photographs / "1.mask.png")
+    result = run(*train_words, "--masked-loss", "--max-train-steps", "1", "--validation-prompt", "a dog")
+    assert result.exit_code == 0, result.stderr
+    assert "2 of 3 photographs have no mask, e.g. 0.png" in result.stderr

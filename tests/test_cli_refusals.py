@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -253,3 +254,81 @@ def test_an_error_without_base_is_one_line(photographs: Path, tmp_path: Path, mi
     assert result.exit_code == 1
     assert len(result.stderr.splitlines()) == 1, result.stderr
     assert result.stderr.startswith("Error: ")
+
+
+def _refused_base(folder: Path, kind: str) -> tuple[Path, str]:
+    """Return something that --base cannot take, and what its refusal names."""
+    import pickle
+
+    import torch
+    from safetensors.torch import save_file
+
+    file = folder / f"{kind}.safetensors"
+    if kind == "pickle":
+        file = folder / "model.ckpt"
+        file.write_bytes(pickle.dumps({"state_dict": {}}))
+        return file, "pickle"
+    keys = {
+        "adapter": ("lora_unet_mid_block_attentions_0_proj_in.lora_down.weight", "adapter"),
+        "flux": ("double_blocks.0.img_attn.qkv.weight", "Flux"),
+        "sd3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "SD3"),
+        "vae": ("first_stage_model.decoder.conv_in.weight", "no key of a Stable Diffusion checkpoint"),
+    }
+    if kind == "garbage":
+        file.write_bytes(b"no safetensors at all")
+        return file, "garbage.safetensors"
+    key, named = keys[kind]
+    save_file({key: torch.zeros(4, 4)}, file)
+    return file, named
+
+
+@pytest.mark.parametrize("kind", ["pickle", "adapter", "flux", "sd3", "vae", "garbage"])
+def test_files_that_are_no_base(train_words: list[str | Path], tmp_path: Path, kind: str) -> None:
+    file, named = _refused_base(tmp_path, kind)
+    result = run(*train_words, "--base", file, "--dry-run")
+    assert_refused(result, 1, named)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [
+        (["--optimizer", "adamw8bit"], 2, "pip install 'dbadapter[adamw8bit]'"),
+        (["--logger", "wandb"], 2, "pip install 'dbadapter[wandb]'"),
+        (["--full", "--rank", "4"], 2, "rank is an adapter's"),
+        (["--masked-loss"], 1, "no photograph in"),
+        (["--resolution", "36", "--aspect-ratio-buckets"], 2, "resolution must be a multiple of 8"),
+    ],
+)
+def test_what_a_run_lacks(
+    train_words: list[str | Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    code: int,
+    part: str,
+) -> None:
+    for module in ("optimizers", "loggers"):
+        monkeypatch.setattr(f"dbadapter.{module}.find_spec", lambda name: None)
+    for package in ("bitsandbytes", "wandb"):
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    assert_refused(run(*train_words, *words, "--dry-run"), code, part)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_caption_that_does_not_name_the_subject(
+    train_words: list[str | Path], photographs: Path, tmp_path: Path
+) -> None:
+    (photographs / "0.txt").write_text("a dog on a sofa")
+    assert_refused(run(*train_words, "--dry-run"), 1, "0.txt does not name the subject", "{identifier}")
+    (photographs / "0.txt").write_text("a photo of {identifier} {class} on a sofa")
+    printed = run(*train_words, "--dry-run")
+    assert "0.png: 48x40, trained at 32x32, caption" in printed.stdout
+    assert "a photo of sks dog on a sofa  ->" in printed.stdout
+
+
+def test_a_folder_that_another_run_writes(train_words: list[str | Path], tmp_path: Path) -> None:
+    from dbadapter.lock import only_run
+
+    with only_run(tmp_path / "out"):
+        assert_refused(run(*train_words), 1, "is being written by another run of dbadapter")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dbadapter.config import PRESETS, PRIORS, TARGETS, TrainConfig, indefinite, read_toml
+from dbadapter.config import PRESETS, PRIORS, TARGETS, Preset, TrainConfig, indefinite, read_toml
 from dbadapter.errors import ConfigError
 
 
@@ -85,10 +85,33 @@ def test_presets_by_family() -> None:
     assert toybox.targets == ("attention", "feed-forward")
     assert config().resolved("sd1", 512).resolution == 512
     assert config(learning_rate=3e-4).resolved("sd1", 512).learning_rate == 3e-4
-    for name in ("sd1", "sd2", "sdxl"):
-        assert "not measured here" in PRESETS[name].source
+    sdxl = config().resolved("sdxl", 1024)
+    assert (sdxl.train_text_encoder, sdxl.gradient_accumulation_steps) == (False, 4)
+    assert (sdxl.rank, sdxl.alpha, sdxl.prior_source) == (8, 8.0, "instance")
     with pytest.raises(ConfigError, match="sd1, sd2, sdxl, got 'sd9'"):
         config().resolved("sd9", 512)
+
+
+def test_every_value_of_a_preset_has_its_source() -> None:
+    values = {field.name for field in dataclasses.fields(Preset)} - {"sources"}
+    for name, preset in PRESETS.items():
+        assert set(preset.sources) == values, name
+    for name in ("sd1", "sd2", "sdxl"):
+        assert "not measured here" in PRESETS[name].sources["learning_rate"]
+
+
+def test_full_has_rates_of_its_own_and_nothing_of_an_adapter() -> None:
+    full = config(full=True).resolved("sd1", 512)
+    assert (full.learning_rate, full.rank, full.alpha, full.targets) == (2e-6, None, None, None)
+    assert full.resolved("sd1", 512) == full
+    assert config(full=True, learning_rate=1e-5).resolved("sd1", 512).learning_rate == 1e-5
+    with pytest.raises(ConfigError, match="rank is an adapter's, and full trains the models whole"):
+        config(full=True, rank=4).validate()
+
+
+def test_prodigy_sets_its_own_rate() -> None:
+    resolved = config(optimizer="prodigy").resolved("sd1", 512)
+    assert (resolved.learning_rate, resolved.text_encoder_learning_rate) == (1.0, 1.0)
 
 
 def test_prompts_fill_placeholders_and_leave_other_braces() -> None:

@@ -1,134 +1,23 @@
-"""Photographs: what is found, what is refused by name, how they are cropped; latents and random streams."""
+"""Latents and what is drawn for each sample."""
 
 from __future__ import annotations
 
-import warnings
-from pathlib import Path
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
 from dbadapter.base import Base
-from dbadapter.data import LatentCache, draw, find_photographs, load_photograph, mirrored, picture_indices
-from dbadapter.errors import DataError
-
-RED, WHITE = (255, 0, 0), (255, 255, 255)
-
-
-def save(path: Path, size: tuple[int, int] = (40, 30), color: object = RED, mode: str = "RGB") -> Path:
-    Image.new(mode, size, color).save(path)  # type: ignore[arg-type]
-    return path
-
-
-def test_pictures_are_found_and_junk_is_passed_over(tmp_path: Path) -> None:
-    wanted = [save(tmp_path / name) for name in ("b.PNG", "a.jpg", "c.webp", "d.bmp")]
-    for junk in (".DS_Store", "Thumbs.db", "a.txt", "a.json", "._a.jpg", "desktop.ini", "movie.mp4"):
-        (tmp_path / junk).write_bytes(b"junk")
-    (tmp_path / "folder.jpg").mkdir()
-    assert find_photographs(tmp_path) == sorted(wanted)
-
-
-def test_unreadable_picture_is_named(tmp_path: Path) -> None:
-    save(tmp_path / "good.png")
-    (tmp_path / "bad.jpg").write_bytes(b"this is no JPEG")
-    with pytest.raises(DataError, match=r"bad\.jpg cannot be read as a picture; replace or remove it"):
-        find_photographs(tmp_path)
-
-
-def test_truncated_picture_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "cut.jpg"
-    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(path)
-    path.write_bytes(path.read_bytes()[:4000])
-    with pytest.raises(DataError, match=r"cut\.jpg cannot be read"):
-        find_photographs(tmp_path)
-
-
-def test_heic_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
-    with pytest.raises(DataError, match="save it as JPEG or PNG"):
-        find_photographs(tmp_path)
-
-
-def test_missing_empty_and_file_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="does not exist"):
-        find_photographs(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="no photographs in"):
-        find_photographs(tmp_path)
-    with pytest.raises(DataError, match="is a file"):
-        find_photographs(save(tmp_path / "a.png"))
-
-
-def test_crop_keeps_the_centre(tmp_path: Path) -> None:
-    image = Image.new("RGB", (300, 100), WHITE)
-    image.paste(RED, (100, 0, 200, 100))
-    image.save(tmp_path / "wide.png")
-    picture = load_photograph(tmp_path / "wide.png", 32)
-    assert picture.shape == (3, 32, 32)
-    assert picture.dtype == torch.float32
-    assert torch.allclose(picture[:, :, 2:-2].mean((1, 2)), torch.tensor([1.0, -1.0, -1.0]), atol=0.01)
-
-
-def test_small_pictures_are_enlarged(tmp_path: Path) -> None:
-    assert load_photograph(save(tmp_path / "small.png", (10, 12)), 64).shape == (3, 64, 64)
-
-
-def test_exif_rotation_is_applied(tmp_path: Path) -> None:
-    image = Image.new("RGB", (64, 64), WHITE)
-    image.paste(RED, (0, 0, 64, 32))  # red above
-    exif = Image.Exif()
-    exif[0x0112] = 3  # taken upside down
-    image.save(tmp_path / "phone.jpg", exif=exif, quality=100)
-    picture = load_photograph(tmp_path / "phone.jpg", 16)
-    assert picture[1, 2].mean() > 0.9  # white above now
-    assert picture[1, -3].mean() < -0.9
-
-
-def test_transparency_is_white(tmp_path: Path) -> None:
-    picture = load_photograph(save(tmp_path / "t.png", color=(0, 0, 0, 0), mode="RGBA"), 8)
-    assert torch.equal(picture, torch.ones(3, 8, 8))
-    palette = Image.new("P", (8, 8), 0)
-    palette.save(tmp_path / "p.png", transparency=0)
-    assert torch.equal(load_photograph(tmp_path / "p.png", 8), torch.ones(3, 8, 8))
-
-
-@pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK", "I;16"])
-def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
-    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
-    if mode == "I;16":
-        # convert() would clip every value above 255, and the photograph would be white.
-        Image.fromarray(np.full((8, 8), 32768, dtype=np.uint16)).save(path)
-        assert load_photograph(path, 8).mean().item() == pytest.approx(0.0, abs=0.01)
-        return
-    Image.new(mode, (8, 8)).save(path)
-    assert load_photograph(path, 8).shape == (3, 8, 8)
-
-
-def test_large_jpegs_are_decoded_small_but_alike(tmp_path: Path) -> None:
-    y, x = np.mgrid[0:1200, 0:1600] / 1600
-    pixels = np.stack([x, y, 1 - x], axis=-1) * 255
-    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
-    Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "a.png")
-    difference = load_photograph(tmp_path / "a.jpg", 64) - load_photograph(tmp_path / "a.png", 64)
-    assert difference.abs().max() < 0.05
-
-
-def test_mirrored() -> None:
-    picture = torch.arange(12.0).reshape(3, 2, 2)
-    both = mirrored([picture])
-    assert torch.equal(both[0], picture)
-    assert torch.equal(both[1], picture.flip(-1))
+from dbadapter.data import LatentCache, draw, picture_indices
+from dbadapter.photographs import Crop
 
 
 def test_latents_are_redrawn_from_the_posterior(tiny_base: Base) -> None:
     pictures = list(torch.rand(3, 3, 32, 32) * 2 - 1)
-    cache = LatentCache.encode(tiny_base.vae, pictures, batch_size=2)
+    crops = [Crop(picture, None, (32, 32), (0, 0)) for picture in pictures]
+    cache = LatentCache.encode(tiny_base.vae, crops, batch_size=2)
     assert len(cache) == 3
-    assert cache.mean.shape == cache.std.shape == (3, 4, 8, 8)
+    assert {tuple(part.shape) for part in (*cache.mean, *cache.std)} == {(4, 8, 8)}
     with torch.no_grad():
         posterior = tiny_base.vae.encode(pictures[2][None]).latent_dist
     scale = 0.7  # of the tiny base's config; SD1's 0.18215 would be wrong here
@@ -142,7 +31,9 @@ def test_latents_are_redrawn_from_the_posterior(tiny_base: Base) -> None:
 
 def test_sampled_latents_stay_as_they_are() -> None:
     latents = torch.randn(2, 4, 8, 8)
-    assert torch.equal(LatentCache.of_latents(latents).sample([1], torch.randn(1, 4, 8, 8)), latents[1:])
+    cache = LatentCache.of_latents(latents, 4)
+    assert torch.equal(cache.sample([1], torch.randn(1, 4, 8, 8)), latents[1:])
+    assert cache.time_ids.tolist() == [[32, 32, 0, 0, 32, 32]] * 2
 
 
 def test_draws_are_keyed_by_sample_not_by_batch() -> None:
@@ -170,15 +61,47 @@ def test_timesteps_cover_the_schedule() -> None:
 
 @given(st.integers(0, 2**63 - 1), st.integers(1, 12), st.integers(0, 30), st.integers(1, 30))
 def test_every_pass_uses_every_picture_once(seed: int, pictures: int, first: int, count: int) -> None:
-    turns = picture_indices("instance", seed, 0, 3 * pictures, pictures)
+    turns = picture_indices("instance", seed, range(3 * pictures), pictures)
     for turn in range(3):
         assert sorted(turns[turn * pictures : (turn + 1) * pictures]) == list(range(pictures))
     # Where a run is taken up again changes nothing.
-    whole = picture_indices("instance", seed, 0, first + count, pictures)
-    assert picture_indices("instance", seed, first, count, pictures) == whole[first:]
+    whole = picture_indices("instance", seed, range(first + count), pictures)
+    assert picture_indices("instance", seed, range(first, first + count), pictures) == whole[first:]
 
 
-def test_reading_says_nothing(tmp_path: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_photograph(save(tmp_path / "a.jpg"), 16)
+def test_two_epochs_differ_in_noise_not_in_mean(tiny_base: Base) -> None:
+    """The mean over many redraws of a cached picture comes to the posterior's mean; no two are the same."""
+    crop = Crop(torch.rand(3, 32, 32) * 2 - 1, None, (32, 32), (0, 0))
+    cache = LatentCache.encode(tiny_base.vae, [crop])
+    drawn = [
+        cache.sample([0], draw("instance", 0, epoch, [0], (4, 8, 8), 1000).posterior_noise)[0]
+        for epoch in range(400)
+    ]
+    assert not torch.equal(drawn[0], drawn[1])
+    error = (torch.stack(drawn).mean(0) - cache.mean[0]) / cache.std[0]
+    assert error.abs().max() < 5 / 20  # five standard errors of 400 draws
+
+
+def test_sizes_may_differ(tiny_base: Base) -> None:
+    crops = [Crop(torch.zeros(3, *size), None, size, (0, 0)) for size in ((32, 32), (24, 40), (32, 32))]
+    cache = LatentCache.encode(tiny_base.vae, crops)
+    assert [cache.shape(index) for index in range(3)] == [(4, 8, 8), (4, 6, 10), (4, 8, 8)]
+    assert cache.of_shape((4, 8, 8)) == [0, 2]
+    assert torch.allclose(cache.mean[0], cache.mean[2], atol=1e-6)
+
+
+def test_masks_weigh_the_latents_with_mean_1(tiny_base: Base) -> None:
+    mask = torch.zeros(32, 32)
+    mask[:, :16] = 1
+    pixels = torch.zeros(3, 32, 32)
+    cache = LatentCache.encode(
+        tiny_base.vae, [Crop(pixels, mask, (32, 32), (0, 0)), Crop(pixels, None, (32, 32), (0, 0))]
+    )
+    weights = cache.weights([0, 1])
+    assert weights is not None
+    assert weights.shape == (2, 1, 8, 8)
+    assert weights[0, 0, :, :4].unique().tolist() == [2]
+    assert weights[0, 0, :, 4:].unique().tolist() == [0]
+    assert weights[1].unique().tolist() == [1]
+    assert cache.weights([1]) is None
+    assert cache.without_masks().weights([0]) is None

@@ -49,6 +49,16 @@ def test_kohya_and_back(module: str) -> None:
     assert keys.from_kohya(keys.to_kohya(module)) == module
 
 
+@given(modules)
+def test_sdxl_names_and_back(module: str) -> None:
+    try:
+        name = keys.to_kohya(module, sdxl=True)
+    except AdapterError as error:
+        assert "has no LDM name" in str(error)  # noqa: PT017 (SD's UNet has no so many blocks)
+    else:
+        assert keys.from_kohya(name) == module
+
+
 @given(st.lists(modules, min_size=1, max_size=30, unique=True))
 def test_known_layers_and_words_agree(known: list[str]) -> None:
     assert [keys.from_kohya(keys.to_kohya(module), known) for module in known] == known
@@ -113,6 +123,33 @@ def test_any_other_key_is_refused_in_one_line_or_comes_back(key: str) -> None:
             "text_encoder.text_model.encoder.layers.0.mlp.fc1",
             "lora_A",
         ),
+        # SDXL: kohya's own files, diffusers' names in kohya's layout, diffusers' raw PEFT
+        (
+            "lora_unet_output_blocks_2_2_conv.lora_up.weight",
+            "unet.up_blocks.0.upsamplers.0.conv",
+            "lora_B",
+        ),
+        (
+            "lora_unet_down_blocks_2_attentions_1_transformer_blocks_9_attn1_to_q.lora_down.weight",
+            "unet.down_blocks.2.attentions.1.transformer_blocks.9.attn1.to_q",
+            "lora_A",
+        ),
+        (
+            "unet.down_blocks.2.attentions.1.transformer_blocks.9.attn1.to_q.lora_A.weight",
+            "unet.down_blocks.2.attentions.1.transformer_blocks.9.attn1.to_q",
+            "lora_A",
+        ),
+        (
+            "lora_te2_text_model_encoder_layers_31_mlp_fc2.alpha",
+            "text_encoder_2.text_model.encoder.layers.31.mlp.fc2",
+            "alpha",
+        ),
+        (
+            "text_encoder_2.text_model.encoder.layers.31.self_attn.v_proj.lora_B.weight",
+            "text_encoder_2.text_model.encoder.layers.31.self_attn.v_proj",
+            "lora_B",
+        ),
+        ("text_encoder_2.text_projection.lora_A.weight", "text_encoder_2.text_projection", "lora_A"),
         # kohya's SDXL spelling of the first text encoder, on SD1
         (
             "lora_te1_text_model_encoder_layers_11_self_attn_out_proj.alpha",
@@ -133,7 +170,7 @@ def test_what_others_write(key: str, module: str, part: str) -> None:
         ("lora_unet_mid_block_attentions_0_proj_in.lokr_w1", "LoKr"),
         ("lora_unet_mid_block_attentions_0_proj_in.lora_mid.weight", "Tucker"),
         ("lora_unet_mid_block_attentions_0_proj_in.diff", "full weight"),
-        ("lora_unet_input_blocks_4_1_proj_in.alpha", "LDM"),
+        ("lora_unet_input_blocks_3_1_proj_in.alpha", "LDM names with 2 layers per block"),
         ("bundle_emb.cat.string_to_param.*", "bundled embedding"),
         ("transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight", "transformer"),
         ("base_model.model.mid_block.attentions.0.proj_in.lora_A.weight", "PEFT folder"),
@@ -149,6 +186,12 @@ def test_refusals_say_what_it_is(key: str, word: str) -> None:
 def test_canonical_names_begin_with_a_component(module: str) -> None:
     with pytest.raises(AdapterError, match="must begin with one of"):
         keys.to_kohya(module)
+
+
+def test_sdxl_numbers_its_text_encoders() -> None:
+    for component, prefix in (("text_encoder", "lora_te1_"), ("text_encoder_2", "lora_te2_")):
+        module = f"{component}.text_model.encoder.layers.0.mlp.fc1"
+        assert keys.to_kohya(module, sdxl=True) == f"{prefix}text_model_encoder_layers_0_mlp_fc1"
 
 
 def test_a_layer_that_the_base_lacks_is_refused() -> None:

@@ -56,7 +56,7 @@ def test_a_run_that_ends_before_its_first_checkpoint_gives_the_earlier_one_back(
     assert not list(earlier.checkpoints.glob("*"))
     assert not list(earlier.samples.glob("*"))
     assert earlier.metrics.read_text() == ""
-    earlier.abandon()
+    earlier.give_up()
     assert {path.relative_to(earlier.path): path.read_bytes() for path in earlier.path.rglob("*.*")} == before
 
 
@@ -64,16 +64,21 @@ def test_a_killed_run_gives_it_back_at_the_next_start(earlier: RunFolder) -> Non
     earlier.start(CONFIG, resumed_step=0)
     again = RunFolder(earlier.path, earlier.name)
     again.start(CONFIG, resumed_step=0)
-    again.abandon()
+    again.give_up()
     assert (earlier.checkpoints / "step-000002.safetensors").read_bytes() == b"earlier"
 
 
-def test_resume_names_what_a_killed_run_had_set_aside(earlier: RunFolder, photographs: Path) -> None:
-    """It moves nothing: the run may still be going on, and the one before it is not what was asked for."""
+def test_resume_of_a_killed_run_is_not_taken_for_the_run_before_it(
+    earlier: RunFolder, photographs: Path
+) -> None:
+    """The adapter and the card in the folder are the earlier run's still; nothing is moved yet."""
+    earlier.card.write_text("earlier")
+    assert earlier.finished
     earlier.start(CONFIG, resumed_step=0)
     before = set(earlier.path.rglob("*"))
-    with pytest.raises(OutputError, match=r"move what .*\.earlier-run keeps of the run before it"):
-        RunFolder(earlier.path, earlier.name).check(photographs, overwrite=False, resume=True)
+    killed = RunFolder(earlier.path, earlier.name)
+    killed.check(photographs, overwrite=False, resume=True)
+    assert not killed.finished
     assert set(earlier.path.rglob("*")) == before
 
 
@@ -87,5 +92,5 @@ def test_a_settled_run_lets_the_earlier_one_go(earlier: RunFolder) -> None:
 def test_a_new_folder_is_taken_away_again(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "new", "subject")
     run.start(CONFIG, resumed_step=0)
-    run.abandon()
+    run.give_up()
     assert not run.path.exists()

@@ -16,13 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dbadapter import model_card, prior, training
+from dbadapter import class_images, model_card, prior, training
 from dbadapter.adapter_file import read_adapter
 from dbadapter.base import Base, load_base
 from dbadapter.config import TrainConfig
-from dbadapter.data import find_photographs, picture_indices
+from dbadapter.data import picture_indices
 from dbadapter.errors import ConfigError, DataError, OutputError, TrainingError, UsageError
 from dbadapter.lora import adapters_off, apply, collect
+from dbadapter.photographs import find_photographs
 from dbadapter.training import Run, prepare, train, train_step
 
 GOLDEN = Path(__file__).parent / "golden" / "loss_curve.json"
@@ -47,6 +48,7 @@ def config(tmp_path: Path, photographs: Path, tiny_base_folder: Path) -> TrainCo
         class_noun="dog",
         output_dir=tmp_path / "out",
         base=str(tiny_base_folder),
+        prior_source="sampled",
         num_class_images=2,
         rank=2,
         max_train_steps=4,
@@ -64,7 +66,7 @@ def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sampler steps a picture: these tests are about what is written, not how it looks."""
     for module, name in (
         (model_card, "generate_pictures"),
-        (prior, "generate_pictures"),
+        (class_images, "generate_pictures"),
         (prior, "sample_class_latents"),
     ):
         monkeypatch.setattr(module, name, functools.partial(_quick, getattr(module, name)))
@@ -78,7 +80,7 @@ def set_up(config: TrainConfig, tmp_path: Path) -> Run:
     base = load_base(config.base, device="cpu")
     resolved = config.resolved(base.family, base.resolution, "sks")
     photographs = find_photographs(config.instance_data_dir)
-    return prepare(resolved, base, photographs, class_images=tmp_path / "class_images")
+    return prepare(resolved, base, photographs, class_folder=tmp_path / "class_images")
 
 
 def curve(run: Run, steps: int) -> list[list[float]]:
@@ -115,7 +117,7 @@ def test_training_learns(config: TrainConfig, tmp_path: Path) -> None:
 def test_only_the_adapter_changes(config: TrainConfig, tmp_path: Path) -> None:
     run = set_up(config, tmp_path)
     trained = {id(parameter) for parameter in run.parameters}
-    models = (run.base.unet, run.base.text_encoder, run.base.vae)
+    models = (run.base.unet, run.base.text_encoder)
     frozen = [p for model in models for p in model.parameters() if id(p) not in trained]
     before = [parameter.clone() for parameter in frozen]
     curve(run, 2)
@@ -148,8 +150,8 @@ def test_gradient_checkpointing_changes_nothing(config: TrainConfig, tmp_path: P
 
 def test_frozen_text_encoder_is_encoded_once(config: TrainConfig, tmp_path: Path) -> None:
     run = set_up(replace(config, train_text_encoder=False), tmp_path)
-    assert run.embeddings is not None
-    assert run.embeddings.shape == (2, 32, 32)
+    assert run.conditioning is not None
+    assert run.conditioning.embeddings.shape == (2, 32, 32)
     curve(run, 1)
     adapter = collect(run.base.unet, run.base.text_encoder, run.base.family)
     assert not adapter.of_component("text_encoder")
@@ -171,15 +173,15 @@ def test_min_snr_weighs_both_terms(config: TrainConfig, tmp_path: Path) -> None:
 
 
 def test_flipping_doubles_the_photographs(config: TrainConfig, tmp_path: Path) -> None:
-    assert len(set_up(replace(config, random_flip=True), tmp_path).instance_cache) == 6
+    assert len(set_up(replace(config, random_flip=True), tmp_path).samples.instance) == 6
 
 
 def test_photo_tokens_give_each_photograph_its_prompt(config: TrainConfig, tmp_path: Path) -> None:
     """Mirrored pictures keep their photograph's token, and the class prompt stays as it is."""
     run = set_up(replace(config, photo_tokens=True, random_flip=True), tmp_path)
-    assert run.prompt_of.tolist() == [[0] * 6, [1, 2, 3, 1, 2, 3], [1, 2, 3, 1, 2, 3]]
-    assert len(run.prompt_ids) == 5
-    words = run.base.tokenizer.batch_decode(run.prompt_ids, skip_special_tokens=True)
+    assert run.samples.prompt_of.tolist() == [[0] * 6, [1, 2, 3, 1, 2, 3], [1, 2, 3, 1, 2, 3]]
+    assert len(run.prompt_ids[0]) == 5
+    words = run.base.tokenizer.batch_decode(run.prompt_ids[0], skip_special_tokens=True)
     assert words[0] == "a photo of sks dog"
     assert [text.rpartition(" ")[0] for text in words[1:4]] == ["a photo of sks dog on"] * 3
     assert words[4] == "a photo of a dog"
@@ -190,13 +192,14 @@ def test_photo_tokens_reach_the_model(config: TrainConfig, tmp_path: Path, train
     """Each sample has the embedding of its own photograph's prompt, or the plain one in every third pass."""
     config = replace(config, photo_tokens=True, train_batch_size=32, train_text_encoder=train_text_encoder)
     run = set_up(config, tmp_path)
+    text_encoder = load_base(config.base, device="cpu").text_encoder  # the run's own leaves, if not trained
     with torch.no_grad():
-        expected = run.base.text_encoder(run.prompt_ids).last_hidden_state
+        expected = text_encoder(run.prompt_ids[0]).last_hidden_state
     seen: list[tuple[torch.Tensor, ...]] = []
     run.base.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
     train_step(run, 0)
     _, _, embeddings = seen[-1]  # the teacher's come before
-    chosen = picture_indices("instance", config.seed, 0, 32, 3)
+    chosen = picture_indices("instance", config.seed, range(32), 3)
     wanted = [1 + picture if index // 3 % 3 else 0 for index, picture in enumerate(chosen)]
     torch.testing.assert_close(embeddings.detach(), expected[[*wanted, *[4] * 32]])
 
@@ -253,7 +256,7 @@ def test_file_is_the_trained_model(
     latents, timestep = torch.randn(1, 4, 8, 8), torch.tensor([500])
 
     def predict(base: Base) -> torch.Tensor:
-        ids = kept[0].prompt_ids[:1]
+        ids = kept[0].prompt_ids[0][:1]
         with torch.no_grad():
             prediction: torch.Tensor = base.unet(latents, timestep, base.text_encoder(ids)[0]).sample
         return prediction
@@ -297,14 +300,31 @@ def test_resumed_run_equals_an_unbroken_one(config: TrainConfig, tmp_path: Path)
         assert torch.allclose(weights.lora_B, theirs.modules[name].lora_B, atol=1e-4), name
 
 
-def test_resume_needs_a_checkpoint_of_the_same_run(config: TrainConfig) -> None:
-    with pytest.raises(OutputError, match="no checkpoint to resume from"):
-        train(replace(config, resume=True))
+def test_resume_without_a_checkpoint_starts_at_step_0(config: TrainConfig) -> None:
+    assert train(replace(config, resume=True)).steps == 4
+
+
+def test_resume_of_a_finished_run_changes_nothing(config: TrainConfig) -> None:
+    first = train(replace(config, max_train_steps=2))
+    before = {path: path.read_bytes() for path in config.output_dir.rglob("*") if path.is_file()}
+    again = train(replace(config, max_train_steps=2, resume=True))
+    assert (again.finished_before, again.steps, again.adapter_path) == (True, 2, first.adapter_path)
+    assert again.instance_loss == first.instance_loss
+    assert {path: path.read_bytes() for path in config.output_dir.rglob("*") if path.is_file()} == before
+
+
+def test_resume_refuses_another_run(config: TrainConfig) -> None:
     train(replace(config, max_train_steps=2))
-    with pytest.raises(UsageError, match="has 2 steps already"):
-        train(replace(config, max_train_steps=2, resume=True))
     with pytest.raises(ConfigError, match="rank was 2, is 3"):
         train(replace(config, rank=3, resume=True))
+
+
+def test_resume_of_a_finished_run_without_checkpoints(config: TrainConfig) -> None:
+    config = replace(config, checkpointing_steps=0, max_train_steps=2)
+    train(config)
+    assert train(replace(config, resume=True)).finished_before
+    with pytest.raises(OutputError, match="finished run of 2 steps and no checkpoint to go on from"):
+        train(replace(config, resume=True, max_train_steps=4))
 
 
 def test_outputs_are_refused_unless_overwritten(config: TrainConfig) -> None:

@@ -182,10 +182,10 @@ def tokens(base: str, count: int, class_noun: str) -> None:
     Example:
       dbadapter tokens --count 5
     """
-    from dbadapter.base_folder import load_tokenizer
+    from dbadapter.base import load_tokenizers_of
     from dbadapter.tokens import rare_tokens
 
-    for token in rare_tokens(load_tokenizer(base), count, class_noun):
+    for token in rare_tokens(load_tokenizers_of(base)[0], count, class_noun):
         click.echo(f"{token.token}\t{token.id}")
 
 

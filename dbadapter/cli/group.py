@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -166,6 +166,18 @@ class Progress:
             self._bar = tqdm(total=total, desc=stage, disable=None, file=sys.stderr, dynamic_ncols=True)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
+
+    def show(self, figures: Mapping[str, float | int | None]) -> None:
+        """Show both losses and the memory behind the bar, which has the step, its time and the time left."""
+        if self._bar is None:
+            return
+        shown = {"instance": "instance_loss", "prior": "prior_loss"}
+        texts = {
+            name: f"{value:.4f}" for name, key in shown.items() if (value := figures.get(key)) is not None
+        }
+        if memory := figures.get("memory_mb"):
+            texts["MB"] = f"{memory:.0f}"
+        self._bar.set_postfix(texts, refresh=False)
 
     def of(self, stage: str) -> Callable[[int, int], None]:
         """Return the callback of one stage."""

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import click
 
 from dbadapter.config import (
+    LOGGERS,
     LR_SCHEDULERS,
+    OPTIMIZERS,
     PRECISIONS,
     PREDICTION_TYPES,
     PRIOR_SOURCES,
@@ -57,7 +59,10 @@ class FilePath(click.ParamType):  # type: ignore[type-arg]
         return Path(value)
 
 
-BASE_HELP = "toybox (embedded, 64 pixels) or a folder in diffusers' layout built like Stable Diffusion 1.x."
+BASE_HELP = (
+    "toybox (embedded, 64 pixels), or Stable Diffusion 1.x, 2.x or SDXL: a folder in diffusers' layout, a "
+    "single .safetensors checkpoint, or an id on the Hugging Face hub."
+)
 output_option = click.option(
     "--output-dir",
     required=True,
@@ -68,7 +73,7 @@ output_option = click.option(
 prediction_option = click.option(
     "--prediction-type",
     type=click.Choice(PREDICTION_TYPES),
-    help="What the base predicts, as it was trained with.  [default: what its scheduler says]",
+    help="What the base predicts, as it was trained with.  [default: what it says itself]",
 )
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace outputs that exist.")
 adapter_option = click.option(
@@ -109,11 +114,12 @@ train_options = join_options(
     click.option("--overwrite", is_flag=True, default=None, help="Replace what is in OUT."),
     click.option("--base", metavar="BASE", help=f"{BASE_HELP}  [default: {TrainConfig.base}]"),
     click.option("--prediction-type", type=click.Choice(PREDICTION_TYPES),
-                 help="What the base predicts.  [default: what its scheduler says]"),
+                 help="What the base predicts; an SD2.x file cannot tell.  [default: what it says itself]"),
     click.option("--identifier", metavar="TOKEN",
                  help="The word for the subject; auto picks a rare token of the base.  [default: auto]"),
     click.option("--instance-prompt", metavar="TEXT",
-                 help="Prompt of the photographs.  [default: a photo of {identifier} {class_noun}]"),
+                 help="Prompt of the photographs; NAME.txt beside NAME.jpg is that photograph's own.  "
+                 "[default: a photo of {identifier} {class_noun}]"),
     click.option("--photo-tokens/--no-photo-tokens", default=None,
                  help="In two of three passes, end each photograph's prompt in a rare token of its own, "
                  "which takes its background.  [preset]"),
@@ -124,53 +130,70 @@ train_options = join_options(
                  f"(generated), or nothing.  [default: {TrainConfig.prior}]"),
     click.option("--prior-source", type=click.Choice(PRIOR_SOURCES),
                  help="Latents that distill compares on: sampled from the base, or those of the instance "
-                 f"pictures.  [default: {TrainConfig.prior_source}]"),
+                 "pictures.  [preset]"),
     click.option("--prior-loss-weight", type=float, metavar="X", help="Weight of the prior term.  [preset]"),
     click.option("--class-data-dir", type=FilePath(), metavar="DIR",
                  help="Class pictures to use instead of sampled ones."),
     click.option("--num-class-images", type=int, metavar="N",
                  help="How many to sample from the base.  [preset]"),
     click.option("--rank", type=int, metavar="N",
-                 help=f"Rank of the adapter.  [default: {TrainConfig.rank}]"),
+                 help="Rank of the adapter.  [preset]"),
     click.option("--alpha", type=float, metavar="X",
                  help="The adapter's scale is alpha / rank.  [default: the rank]"),
     click.option("--targets", metavar="LIST",
                  help=f"Layers of the UNet, comma-separated, of {', '.join(TARGETS)}.  [preset]"),
     click.option("--train-text-encoder/--no-train-text-encoder", default=None,
-                 help="Adapt the text encoder too.  [default: yes]"),
+                 help="Adapt the text encoder too, SDXL's both.  [preset]"),
     click.option("--text-encoder-rank", type=int, metavar="N",
                  help="Rank in the text encoder.  [default: the rank]"),
+    click.option("--full", is_flag=True, default=None,
+                 help="Train the models whole, without an adapter, as a baseline; leaves OUT/model."),
     click.option("--max-train-steps", type=int, metavar="N", help="Optimizer steps.  [preset]"),
     click.option("--learning-rate", type=float, metavar="X", help="Of the UNet's adapter.  [preset]"),
     click.option("--text-encoder-learning-rate", type=float, metavar="X",
                  help="Of the text encoder's adapter.  [preset]"),
     click.option("--lr-scheduler", type=click.Choice(LR_SCHEDULERS),
                  help="How both rates go on: as they are, or down to 0.  [preset]"),
+    click.option("--lr-warmup-steps", type=int, metavar="N",
+                 help="Steps over which both rates rise first.  [default: 0]"),
+    click.option("--optimizer", type=click.Choice(OPTIMIZERS),
+                 help="adamw8bit needs bitsandbytes, prodigy needs prodigyopt.  "
+                 f"[default: {TrainConfig.optimizer}]"),
     click.option("--train-batch-size", type=int, metavar="N",
                  help="Photographs a forward pass; as many class pictures come with them.  [preset]"),
     click.option("--gradient-accumulation-steps", type=int, metavar="N",
-                 help="Forward passes an optimizer step.  [default: 1]"),
+                 help="Forward passes an optimizer step.  [preset]"),
     click.option("--resolution", type=int, metavar="PIXELS",
                  help="Side of the training pictures.  [default: the base's own]"),
+    click.option("--aspect-ratio-buckets/--no-aspect-ratio-buckets", default=None,
+                 help="Crop photographs to about their own shape, not to squares.  [preset]"),
+    click.option("--masked-loss", is_flag=True, default=None,
+                 help="Learn what NAME.mask.png beside NAME.jpg, or the photograph's transparency, shows."),
     click.option("--mixed-precision", type=click.Choice(PRECISIONS),
                  help="auto is bf16 where the device has it natively, else fp16 on CUDA and fp32 on a CPU.  "
-                 f"[default: {TrainConfig.mixed_precision}]"),
+                 "[default: auto]"),
     click.option("--gradient-checkpointing", is_flag=True, default=None, help="Less memory, slower steps."),
+    click.option("--compile", is_flag=True, default=None,
+                 help="Compile the UNet; pays on a GPU, after minutes of compiling."),
     click.option("--snr-gamma", type=float, metavar="X",
                  help="Min-SNR weighting, usually 5.  [default: off]"),
     click.option("--seed", type=int, metavar="N",
                  help=f"Of weights, noise and samples.  [default: {TrainConfig.seed}]"),
     click.option("--checkpointing-steps", type=int, metavar="N",
                  help="Steps between two checkpoints; 0 writes none.  [preset]"),
-    click.option("--resume", is_flag=True, default=None, help="Go on from the newest checkpoint in OUT."),
+    click.option("--resume", is_flag=True, default=None,
+                 help="Go on from the newest checkpoint in OUT; from the start if there is none."),
     click.option("--validation-prompt", multiple=True, metavar="TEXT",
                  help="A prompt of the sample grid; may hold {identifier} and be given several times."),
     click.option("--validation-steps", type=int, metavar="N",
                  help="Steps between two sample grids.  [default: one at the end]"),
+    click.option("--logger", type=click.Choice(LOGGERS),
+                 help="Show figures and samples there too; needs its package.  "
+                 f"[default: {TrainConfig.logger}]"),
     click.option("--random-flip", is_flag=True, default=None,
                  help="Mirror half of the photographs; not for subjects with a left and a right."),
     click.option("--config", "config_file", type=FilePath(), metavar="FILE.toml",
                  help="Take what is not given here from a file such as an earlier OUT/config.toml."),
     click.option("--dry-run", is_flag=True,
-                 help="Check everything and print the configuration; no training."),
+                 help="Check everything; print configuration, prompts, layers, estimated memory and size."),
 )  # fmt: skip

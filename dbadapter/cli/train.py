@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,12 +14,15 @@ from dbadapter.cli.options import train_options
 from dbadapter.config import TrainConfig, read_toml
 from dbadapter.errors import UsageError
 
+if TYPE_CHECKING:
+    from dbadapter.finishing import TrainResult
+
 __all__ = ["train"]
 
 TOYBOX_WARNING = (
     "no --base given, so this trains toybox, a model of 64-pixel pictures of toys: fine for a trial, but the "
-    "likeness to real photographs stays poor; for those pass --base FOLDER, a Stable Diffusion 1.x folder in "
-    "diffusers' layout"
+    "likeness to real photographs stays poor; for those pass --base with Stable Diffusion 1.x, 2.x or SDXL: "
+    "a folder, a .safetensors file or a hub id"
 )
 
 
@@ -55,16 +58,39 @@ def train(config_file: Path | None, dry_run: bool, **flags: Any) -> None:
                 warned = True
             progress(stage, done, total)
 
-        result = run(config, progress=report)
-    word, noun = result.config.identifier, result.config.class_noun
-    base = "" if result.config.base == TrainConfig.base else f" --base {shlex.quote(result.config.base)}"
-    if result.config.prediction_type is not None:
-        base += f" --prediction-type {result.config.prediction_type}"
-    click.echo(f"{result.steps} steps in {result.seconds:.0f} s, {result.peak_memory_mb:.0f} MB at the peak")
-    click.echo(f"Adapter: {result.adapter_path}")
+        result = run(config, progress=report, on_log=progress.show)
+    _say(result)
+
+
+def _say(result: TrainResult) -> None:
+    """Print what the run left and the command to try next; the first of several processes only."""
+    from dbadapter.processes import processes
+
+    if not processes().is_main:
+        return
+    config, path = result.config, shlex.quote(str(result.adapter_path))
+    word, noun = config.identifier, config.class_noun
+    if result.finished_before:
+        click.echo(f"Finished already, nothing was changed: {result.steps} steps; to go on pass more "
+                   "--max-train-steps")  # fmt: skip
+    else:
+        click.echo(
+            f"{result.steps} steps in {result.seconds:.0f} s, {result.peak_memory_mb:.0f} MB at the peak"
+        )
+    base = "" if config.base == TrainConfig.base else f" --base {shlex.quote(config.base)}"
+    if config.prediction_type is not None:
+        base += f" --prediction-type {config.prediction_type}"
+    if config.full:
+        click.echo(f"Model: {result.adapter_path}")
+        call = f"--base {path}"
+    else:
+        click.echo(f"Adapter: {result.adapter_path}")
+        call = f"{base} --adapter {path}".strip()
+    if result.best_path is not None:
+        click.echo(f"Lowest validation loss before the end: {result.best_path}")
     click.echo(
-        f"Try it: dbadapter generate{base} --adapter {shlex.quote(str(result.adapter_path))} "
-        f'--prompt "a photo of {word} {noun} on the beach" --output-dir pictures'
+        f'Try it: dbadapter generate {call} --prompt "a photo of {word} {noun} on the beach" '
+        "--output-dir pictures"
     )
 
 
@@ -96,10 +122,6 @@ def _is_example(folder: Path) -> bool:
 
 
 def _dry_run(config: TrainConfig) -> str:
-    from dbadapter.plan import plan
+    from dbadapter.dry_run import dry_run
 
-    found = plan(config)
-    start = f"# {len(found.photographs)} photographs, base family {found.base.family}"
-    if found.snapshot is not None:
-        start += f", goes on from step {found.snapshot.step}"
-    return f"{start}\n{found.config.to_toml()}"
+    return dry_run(config)

@@ -1,0 +1,208 @@
+"""The end of a run: the adapter's file, proved equal to what was trained; samples; the model card."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dbadapter import checkpoint
+from dbadapter.adapter import Adapter
+from dbadapter.adapter_file import verify, write_adapter
+from dbadapter.base import Base, load_base
+from dbadapter.checkpoint import Best
+from dbadapter.config import TrainConfig
+from dbadapter.lora import apply, collect
+from dbadapter.model_card import Made, describe, draw_samples, last_losses, model_card
+from dbadapter.model_folder import write_model_folder
+from dbadapter.preparation import Run
+from dbadapter.run_folder import RunFolder, write_text
+from dbadapter.sampling import Picture, save_pictures
+from dbadapter.speed import DTYPES, peak_memory_mb
+
+__all__ = ["TrainResult", "Trained", "finished_result", "result_of", "write_results"]
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run left, and what it took.
+
+    Args:
+        adapter_path: the file to share; with `full` the model's folder.
+        config: resolved.
+        steps: optimizer steps of the adapter, those before a resume included.
+        seconds: wall time of this call, loading and samples included.
+        peak_memory_mb: of the process so far, or of the GPU where there is one; 1 MB = 2**20 bytes.
+        metrics_path: one JSON object a step.
+        sample_paths: the sample pictures, then their grid.
+        instance_loss, prior_loss: means over the last tenth of the steps; None without a prior.
+        best_path: the adapter of the step with the lowest validation loss, where that is not the last one.
+        finished_before: the run was complete already; nothing was changed.
+    """
+
+    adapter_path: Path
+    config: TrainConfig
+    steps: int
+    seconds: float
+    peak_memory_mb: float
+    metrics_path: Path
+    sample_paths: tuple[Path, ...]
+    instance_loss: float
+    prior_loss: float | None
+    best_path: Path | None = None
+    finished_before: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gave, free of the models that it was trained on.
+
+    Args:
+        made: what the adapter was made of.
+        device: that it was trained on.
+        adapter: None with `full`.
+        weights: component -> state dict of the models, with `full`.
+        best: the adapter at the step with the lowest validation loss, where that is not the last one.
+        best_step: that step; None without validation.
+    """
+
+    made: Made
+    device: torch.device
+    adapter: Adapter | None
+    weights: Mapping[str, Mapping[str, Tensor]] | None
+    best: Adapter | None
+    best_step: int | None
+
+    @classmethod
+    def of(cls, made: Made, run: Run, family: str, best: Best | None, folder: RunFolder) -> Trained:
+        """Read the trained state out of a run, and its best one from the checkpoint."""
+        base, config = run.base, run.config
+        best_step = best.step if best is not None else None
+        if config.full:
+            models = {"unet": base.unet} | (base.text_encoders if config.train_text_encoder else {})
+            weights = {name: model.state_dict() for name, model in models.items()}
+            return cls(made, base.device, None, weights, None, best_step)
+        texts = base.text_encoders if config.train_text_encoder else {}
+
+        def adapter() -> Adapter:
+            first, second = texts.get("text_encoder"), texts.get("text_encoder_2")
+            return collect(base.unet, first, family, text_encoder_2=second)
+
+        last, of_best = adapter(), None
+        path = folder.checkpoint_of(best_step) if best_step is not None else None
+        if path is not None and best_step != made.steps and path.exists():
+            checkpoint.restore(checkpoint.read(path), run.parameters, run.optimizer, run.scaler)
+            of_best = adapter()
+        return cls(made, base.device, last, None, of_best, best_step)
+
+
+def write_results(trained: Trained, folder: RunFolder, report: Progress) -> None:
+    """Write the adapter, or with `full` the model's folder, then samples and the model card.
+
+    Written before the samples are drawn, by a base loaded anew: nothing can lose the adapter then, and the
+    samples show what the file does, not what the model in memory does.
+
+    Raises:
+        OutputError: it cannot be written; the last checkpoint stays, so that --resume finishes the run.
+    """
+    made, config = trained.made, trained.made.config
+    description = describe(made)
+    if trained.adapter is None:
+        _write_model(trained, folder)
+    else:
+        write_adapter(
+            folder.adapter, trained.adapter, description=description, sidecars=False, overwrite=True
+        )
+        verify(folder.adapter, trained.adapter)
+    folder.best_adapter.unlink(missing_ok=True)
+    if trained.best is not None:
+        write_adapter(
+            folder.best_adapter, trained.best, description=description, sidecars=False, overwrite=True
+        )
+    folder.settle()
+    pictures = _samples(trained, folder, report)
+    save_pictures(pictures, folder.samples, overwrite=True)
+    if trained.adapter is not None:
+        preview = pictures[0].image
+        write_adapter(
+            folder.adapter, trained.adapter, description=description, preview=preview, overwrite=True
+        )
+        verify(folder.adapter, trained.adapter)
+    if not folder.config.exists():  # somebody removed the folder meanwhile
+        write_text(folder.config, config.to_toml())
+    write_text(folder.card, model_card(made))
+
+
+def result_of(trained: Trained, folder: RunFolder, seconds: float) -> TrainResult:
+    """Return what a run left, once it is written."""
+    return _result(
+        trained.made.config,
+        folder,
+        trained.made.steps,
+        seconds,
+        peak_memory_mb(trained.device),
+        trained.made.last_losses,
+    )
+
+
+def finished_result(config: TrainConfig, folder: RunFolder, seconds: float) -> TrainResult:
+    """Return what a run left that was complete before this call."""
+    history = folder.read_metrics()
+    steps = int(history[-1]["step"] or 0) if history else 0
+    return _result(config, folder, steps, seconds, 0.0, last_losses(history), finished_before=True)
+
+
+def _result(
+    config: TrainConfig,
+    folder: RunFolder,
+    steps: int,
+    seconds: float,
+    memory: float,
+    losses: Mapping[str, float | None],
+    *,
+    finished_before: bool = False,
+) -> TrainResult:
+    numbered = sorted(path for path in folder.samples.glob("*.png") if path.stem.isdigit())
+    grid = folder.samples / "grid.png"
+    return TrainResult(
+        adapter_path=folder.model if config.full else folder.adapter,
+        config=config,
+        steps=steps,
+        seconds=seconds,
+        peak_memory_mb=memory,
+        metrics_path=folder.metrics,
+        sample_paths=(*numbered, *([grid] if grid.exists() else [])),
+        instance_loss=losses["instance_loss"] or 0.0,
+        prior_loss=losses["prior_loss"],
+        best_path=folder.best_adapter if folder.best_adapter.exists() else None,
+        finished_before=finished_before,
+    )
+
+
+def _write_model(trained: Trained, folder: RunFolder) -> None:
+    """Write the models that were trained whole, with the parts that were not, as a diffusers folder."""
+    config = trained.made.config
+    base = load_base(config.base, device="cpu", prediction_type=config.prediction_type)
+    for component, state in (trained.weights or {}).items():
+        getattr(base.pipeline, component).load_state_dict(state)
+    write_model_folder(base.pipeline, folder.model)
+
+
+def _samples(trained: Trained, folder: RunFolder, report: Progress) -> list[Picture]:
+    """Return the sample pictures, by the adapter's file on a base loaded anew."""
+    config = trained.made.config
+    gc.collect()  # the trained models, before the same are loaded once more
+    # In the fast precision on a GPU; on a CPU a few pictures do not pay for rounding.
+    dtype = DTYPES[trained.made.precision] if trained.device.type == "cuda" else torch.float32
+    spec = str(folder.model) if config.full else config.base
+    base: Base = load_base(spec, device=trained.device, dtype=dtype, prediction_type=config.prediction_type)
+    if config.full:
+        return draw_samples(config, base, None, report)
+    apply(base.pipeline, {folder.adapter: 1.0})
+    return draw_samples(config, base, folder.adapter, report)

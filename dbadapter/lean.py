@@ -1,0 +1,145 @@
+"""Frozen layers that keep no more for the backward pass than it needs; what is computed stays the same.
+
+torch keeps the input of every convolution, though only a trained weight's gradient needs it, and every input
+of a chain of cheap functions. Here a frozen convolution keeps nothing but its weight; group norm with SiLU,
+and GEGLU, keep their input alone and compute the rest again, which costs a small part of a convolution
+(as Chen et al. 2016, arXiv 1604.06174, section 4.3, for whole layers).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
+
+__all__ = ["keep_less"]
+
+
+def keep_less(unet: Any) -> None:
+    """Let a UNet2DConditionModel's frozen layers keep less, in place; call it after adapters were injected.
+
+    Names and modules stay as they are, only the `forward` of single layers changes. Layers that are trained
+    (an adapter's own, all of a model in full fine-tuning) are passed over.
+    """
+    from diffusers.models.activations import GEGLU
+    from diffusers.models.resnet import ResnetBlock2D
+
+    for module in unet.modules():
+        if isinstance(module, nn.Conv2d) and _is_plain(module):
+            module.forward = functools.partial(_convolved, module)  # type: ignore[method-assign]
+        elif isinstance(module, GEGLU):
+            module.forward = functools.partial(_gated, module)
+        elif isinstance(module, ResnetBlock2D) and _is_usual(module):
+            for norm in (module.norm1, module.norm2):
+                norm.forward = functools.partial(_normed, norm)
+            # The block applies its activation to the norms, done there now, and to the time embedding.
+            module.nonlinearity = nn.Identity()
+            projection = module.time_emb_proj
+            if projection is not None:
+                projection.forward = functools.partial(_activated, projection.forward)
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    frozen = not any(parameter.requires_grad for parameter in layer.parameters())
+    return (
+        frozen and layer.groups == 1 and layer.padding_mode == "zeros" and not isinstance(layer.padding, str)
+    )
+
+
+def _is_usual(block: Any) -> bool:
+    norms = all(
+        isinstance(norm, nn.GroupNorm) and norm.affine and not norm.weight.requires_grad
+        for norm in (block.norm1, block.norm2)
+    )
+    return norms and isinstance(block.nonlinearity, nn.SiLU)
+
+
+def _convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        plain: Tensor = layer._conv_forward(x, layer.weight, layer.bias)
+        return plain
+    result: Tensor = _FrozenConv2d.apply(  # type: ignore[no-untyped-call]
+        x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation
+    )
+    return result
+
+
+def _gated(layer: Any, x: Tensor) -> Tensor:
+    result: Tensor = _Geglu.apply(layer.proj(x))  # type: ignore[no-untyped-call]
+    return result
+
+
+def _normed(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    result: Tensor = _NormSilu.apply(  # type: ignore[no-untyped-call]
+        x, norm.num_groups, norm.weight, norm.bias, norm.eps
+    )
+    return result
+
+
+def _activated(project: Any, x: Tensor) -> Tensor:
+    projected: Tensor = project(F.silu(x))
+    return projected
+
+
+class _FrozenConv2d(torch.autograd.Function):
+    """A convolution whose weight and bias get no gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: Any, padding: Any, dilation: Any
+    ) -> Tensor:
+        out = F.conv2d(x, weight, bias, stride, padding, dilation)
+        ctx.save_for_backward(weight.to(out.dtype))
+        ctx.geometry = (x.shape, x.dtype, stride, padding, dilation)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (weight,), (shape, dtype, stride, padding, dilation) = ctx.saved_tensors, ctx.geometry
+        grad = conv2d_input(shape, weight, grads[0], stride, padding, dilation)
+        return (grad.to(dtype), None, None, None, None, None)
+
+
+class _NormSilu(torch.autograd.Function):
+    """SiLU(GroupNorm(x)) with frozen weights; the norm is computed again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.groups, ctx.eps = groups, eps
+        ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
+        return F.silu(F.group_norm(x, groups, weight, bias, eps))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        enabled, dtype = ctx.autocast
+        with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=enabled):
+            again = x.detach().requires_grad_()
+            out = F.silu(F.group_norm(again, ctx.groups, weight, bias, ctx.eps))
+        (grad,) = torch.autograd.grad(out, again, grads[0])
+        return (grad, None, None, None, None)
+
+
+class _Geglu(torch.autograd.Function):
+    """x * GELU(gate) of the halves of the last dimension (Shazeer 2020, arXiv 2002.05202)."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        x, gate = both.chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        (both,) = ctx.saved_tensors
+        with torch.enable_grad():
+            again = both.detach().requires_grad_()
+            x, gate = again.chunk(2, dim=-1)
+            out = x * F.gelu(gate)
+        (grad,) = torch.autograd.grad(out, again, grads[0])
+        return (grad,)
