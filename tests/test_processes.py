@@ -54,7 +54,8 @@ def test_two_processes_equal_one_at_the_summed_batch(
     )
     toml = tmp_path / "run.toml"
     toml.write_text(config.to_toml())
-    launch = "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    # Not --cpu: accelerate then starts one process and only names the address (accelerate 1.15).
+    launch = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     two = subprocess.run(
         [sys.executable, "-m", *launch.split(), "--main_process_port", str(free_port()),
