@@ -8,7 +8,7 @@ through the autoencoder); what judges find in them; and what became of "a photo 
 
 from __future__ import annotations
 
-import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -79,14 +79,15 @@ def train(folder: Path, output: Path, noun: str, options: list[str]) -> tuple[fl
         *options,
     ]
     start = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        words = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise click.ClickException(f"training failed: {words.strip().splitlines()[-1]}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise click.ClickException(f"training failed: {done.stderr.strip().splitlines()[-1]}")
+    # Its own word: what the system counts of a child begins at this process's size.
+    peak = re.search(r"(\d+) MB at the peak", done.stdout)
+    if peak is None:
+        raise click.ClickException(f"training told no peak memory: {done.stdout.strip()}")
+    return seconds, float(peak[1])
 
 
 def references(judge: Judges, base: Base, subject: Subject, each: int) -> tuple[Tensor, float, float]:

@@ -17,6 +17,7 @@ __all__ = [
     "LAYERS_PER_BLOCK",
     "MAX_LAYERS_PER_BLOCK",
     "diffusers_to_ldm",
+    "find_ldm_name",
     "guess_layers_per_block",
     "is_ldm",
     "ldm_to_diffusers",
@@ -71,17 +72,23 @@ def diffusers_to_ldm(path: str, layers_per_block: int = LAYERS_PER_BLOCK) -> str
     Raises:
         AdapterError: LDM knows no such layer, or the blocks have more layers than was said.
     """
+    found = find_ldm_name(path, layers_per_block)
+    if found is None:
+        raise AdapterError(
+            f"Layer {path!r} has no LDM name, which SDXL files need, "
+            f"in a UNet with {layers_per_block} layers per block"
+        )
+    return found
+
+
+def find_ldm_name(path: str, layers_per_block: int = LAYERS_PER_BLOCK) -> str | None:
+    """Return LDM's name of diffusers' one as `diffusers_to_ldm`, None where there is none."""
     if path in _BASIC:
         return _BASIC[path]
     match = _DIFFUSERS_PATH.fullmatch(path)
     block = _blocks(layers_per_block).get(match[1]) if match else None
     tail = _tail(match[2], match[3], _TAILS) if match else None
-    if block is None or tail is None:
-        raise AdapterError(
-            f"Layer {path!r} has no LDM name, which SDXL files need, "
-            f"in a UNet with {layers_per_block} layers per block"
-        )
-    return f"{block}.{tail}"
+    return f"{block}.{tail}" if block and tail else None
 
 
 def ldm_to_diffusers(path: str, layers_per_block: int = LAYERS_PER_BLOCK) -> str:

@@ -1,12 +1,8 @@
 """Where a single file in LDM's layout holds each parameter of a diffusers model; pure functions of names.
 
 A diffusers name goes in, a key of the file comes out: the model's own list of parameters then tells what
-is missing, and nothing is left to chance. j counts in a block, b counts blocks, n is `layers_per_block`:
-
-    down_blocks.b.resnets.j | .attentions.j     input_blocks.{(n+1)b+j+1}.0 | .1
-    down_blocks.b.downsamplers.0.conv           input_blocks.{(n+1)(b+1)}.0.op
-    up_blocks.b.resnets.j | .attentions.j       output_blocks.{(n+1)b+j}.0 | .1
-    up_blocks.b.upsamplers.0.conv               output_blocks.{(n+1)b+n}.k.conv, k = 2 with attention, else 1
+is missing, and nothing is left to chance. The UNet's names are those of `ldm_names`, but that an upsampler
+comes second in its block, not third, where the block has no attention.
 """
 
 from __future__ import annotations
@@ -14,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+
+from dbadapter.ldm_names import find_ldm_name
 
 __all__ = [
     "Source",
@@ -26,24 +24,6 @@ __all__ = [
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 
-_UNET_ENDS = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-_MIDDLE = {"resnets.0": "0", "attentions.0": "1", "resnets.1": "2"}
-_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 _VAE_ENDS = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
 _VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 _OPEN_CLIP_ENDS = {
@@ -103,25 +83,13 @@ def unet_source(name: str, layers_per_block: int, attention: Collection[int]) ->
         attention: which up blocks have attention.
     """
     module, _, leaf = name.rpartition(".")
-    if module in _UNET_ENDS:
-        return Source(f"{UNET_PREFIX}{_UNET_ENDS[module]}.{leaf}")
-    if match := re.fullmatch(r"mid_block\.((?:resnets|attentions)\.\d+)\.(.+)", name):
-        middle = _MIDDLE.get(match[1])
-        inner = _inside_unet_block(match[1], match[2])
-        return Source(f"{UNET_PREFIX}middle_block.{middle}.{inner}") if middle and inner else None
-    match = re.fullmatch(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|\w+samplers)\.(\d+)\.(.+)", name)
-    if match is None:
+    path = find_ldm_name(module, layers_per_block)
+    if path is None:
         return None
-    way, block, kind, index, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-    first = (layers_per_block + 1) * block
-    stem = f"{UNET_PREFIX}{'input' if way == 'down' else 'output'}_blocks"
-    if kind == "downsamplers":
-        return Source(f"{stem}.{first + layers_per_block + 1}.0.op.{leaf}")
-    if kind == "upsamplers":
-        return Source(f"{stem}.{first + layers_per_block}.{2 if block in attention else 1}.conv.{leaf}")
-    inner = _inside_unet_block(kind, rest)
-    number = first + index + (way == "down")
-    return Source(f"{stem}.{number}.{int(kind == 'attentions')}.{inner}") if inner else None
+    match = re.fullmatch(r"up_blocks\.(\d+)\.upsamplers\.0\.conv", module)
+    if match is not None and int(match[1]) not in attention:  # second in its block, not third
+        path = path.removesuffix(".2.conv") + ".1.conv"
+    return Source(f"{UNET_PREFIX}{path}.{leaf}")
 
 
 def vae_source(name: str, levels: int) -> Source | None:
@@ -185,14 +153,6 @@ def open_clip_source(name: str, prefix: str, keys: Collection[str]) -> Source | 
         return Source(f"{stem}.attn.in_proj_{match[3]}", third="qkv".index(third[1]))
     module = _OPEN_CLIP_LAYER.get(match[2])
     return Source(f"{stem}.{module}.{match[3]}") if module else None
-
-
-def _inside_unet_block(kind: str, rest: str) -> str | None:
-    """Return the rest of a name inside a resnet or an attention, whose inner names LDM shares."""
-    if not kind.startswith("resnets"):
-        return rest
-    module, _, leaf = rest.rpartition(".")
-    return f"{_RESNET[module]}.{leaf}" if module in _RESNET else None
 
 
 def _vae_resnet(rest: str) -> str:

@@ -10,6 +10,7 @@ import ctypes
 import gc
 import platform
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,9 +156,13 @@ def peak_memory_mb(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose getrusage begins at the peak of the process that started this one
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        return int(lines["VmHWM"].split()[0]) / 2**10
     if sys.platform == "win32":
         return 0.0
     import resource
 
-    # Kilobytes on Linux, bytes on macOS (getrusage's manual pages).
+    # Bytes on macOS, kilobytes elsewhere (getrusage's manual pages).
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from tiny_bases import write_tiny_base
+from tiny_runs import draw_quickly, set_up, tiny_config, write_photographs
 
-from dbadapter import class_images, model_card, prior
+from dbadapter import prior
 from dbadapter.adapter_file import read_adapter
 from dbadapter.base import Base, load_base
 from dbadapter.batches import batches
 from dbadapter.conditioning import encode_prompts, predict, unconditional
 from dbadapter.config import TrainConfig
 from dbadapter.lora import adapters_off, apply
-from dbadapter.photographs import find_photographs
-from dbadapter.training import Run, batch_losses, prepare, train, train_step, validation_loss
+from dbadapter.training import batch_losses, train, train_step, validation_loss
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 
@@ -36,48 +33,23 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sampler steps a picture: these tests are about what is written, not how it looks."""
-    for module, name in (
-        (model_card, "generate_pictures"),
-        (class_images, "generate_pictures"),
-        (prior, "sample_class_latents"),
-    ):
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, functools.partial(_quick, original))
-
-
-def _quick(original: Any, *arguments: Any, **settings: Any) -> Any:
-    return original(*arguments, **settings | {"num_inference_steps": 2})
+    draw_quickly(monkeypatch)
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> TrainConfig:
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    for index, size in enumerate(((48, 40), (40, 64), (70, 40))):  # square, upright, wide
-        pixels = np.random.default_rng(index).integers(0, 255, (*size[::-1], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-    return TrainConfig(
-        instance_data_dir=folder,
-        class_noun="dog",
-        output_dir=tmp_path / "out",
+def config(tmp_path: Path, bases: dict[str, Path]) -> TrainConfig:
+    sizes = ((48, 40), (40, 64), (70, 40))  # square, upright, wide
+    photographs = write_photographs(tmp_path / "photographs", sizes)
+    return tiny_config(
+        photographs,
+        tmp_path / "out",
+        bases["sd1"],
         num_class_images=3,
-        rank=2,
         max_train_steps=2,
-        learning_rate=1e-2,
-        text_encoder_learning_rate=1e-2,
         train_batch_size=3,
         gradient_accumulation_steps=1,
-        mixed_precision="no",
-        validation_prompt=("a photo of {identifier} {class}",),
+        checkpointing_steps=None,
     )
-
-
-def set_up(config: TrainConfig, base_folder: Path, tmp_path: Path) -> Run:
-    base = load_base(str(base_folder), device="cpu")
-    resolved = replace(config, base=str(base_folder)).resolved(base.family, base.resolution, "sks")
-    photographs = find_photographs(config.instance_data_dir)
-    return prepare(resolved, base, photographs, class_folder=tmp_path / "class_images")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -166,7 +138,8 @@ def test_teacher_is_the_untouched_base_exactly(
 ) -> None:
     """After steps that moved the adapters of every part, and by the original text encoders' embeddings."""
     config = replace(config, train_text_encoder=train_text_encoder, validation_steps=1)
-    run, untouched = set_up(config, bases[family], tmp_path), load_base(str(bases[family]), device="cpu")
+    run = set_up(replace(config, base=str(bases[family])), tmp_path)
+    untouched = load_base(str(bases[family]), device="cpu")
     for step in range(2):
         train_step(run, step)
     assert run.prior is not None
@@ -189,7 +162,7 @@ def test_teacher_is_the_untouched_base_exactly(
 
 def test_sdxl_reads_true_sizes_and_crops(config: TrainConfig, bases: dict[str, Path], tmp_path: Path) -> None:
     """Original height and width, top and left of the crop, target height and width, of each photograph."""
-    run = set_up(config, bases["sdxl"], tmp_path)
+    run = set_up(replace(config, base=str(bases["sdxl"])), tmp_path)
     sizes = [tuple(int(value) for value in row) for row in run.samples.instance.time_ids]
     shapes = {(row[4], row[5]) for row in sizes}
     assert [row[:2] for row in sizes] == [(40, 48), (64, 40), (40, 70)]
@@ -227,7 +200,7 @@ def test_full_trains_the_models_themselves(
 def test_full_distills_from_an_untouched_copy(
     config: TrainConfig, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    run = set_up(replace(config, full=True, rank=None, learning_rate=1e-2), bases["sd1"], tmp_path)
+    run = set_up(replace(config, full=True, rank=None, learning_rate=1e-2), tmp_path)
     before = run.teacher.conv_in.weight.clone()
     first = train_step(run, 0)
     second = train_step(run, 1)
@@ -239,7 +212,7 @@ def test_full_distills_from_an_untouched_copy(
 def test_shapes_of_a_batch_share_its_loss(
     config: TrainConfig, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    run = set_up(replace(config, train_text_encoder=False), bases["sd1"], tmp_path)
+    run = set_up(replace(config, train_text_encoder=False), tmp_path)
     parts = list(batches(run.samples, 0))
     assert len(parts) > 1
     assert sum(part.share for part in parts) == pytest.approx(1)
@@ -251,7 +224,7 @@ def test_shapes_of_a_batch_share_its_loss(
 
 
 def test_validation_loss_repeats(config: TrainConfig, bases: dict[str, Path], tmp_path: Path) -> None:
-    run = set_up(config, bases["sd1"], tmp_path)
+    run = set_up(config, tmp_path)
     first = validation_loss(run)
     assert validation_loss(run) == first
     train_step(run, 0)

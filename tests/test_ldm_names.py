@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from typing import Any
 
@@ -14,22 +15,9 @@ from dbadapter import keys, ldm_names
 from dbadapter.adapter import adaptable_layers
 from dbadapter.errors import AdapterError
 from dbadapter.lora import TARGETS, target_layers
+from dbadapter.single_file import CONFIGS
 
-# stabilityai/stable-diffusion-xl-base-1.0, unet/config.json
-SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+SDXL: dict[str, Any] = json.loads((CONFIGS / "sdxl/unet/config.json").read_text())
 
 
 @cache
@@ -45,7 +33,7 @@ def unet_on_meta(layers_per_block: int | None = None) -> Any:
         "layers_per_block": layers_per_block,
     }
     with torch.device("meta"):
-        return UNet2DConditionModel(**(SDXL | (small if layers_per_block else {})))
+        return UNet2DConditionModel.from_config(SDXL | (small if layers_per_block else {}))
 
 
 def paths_of(unet: Any) -> list[str]:

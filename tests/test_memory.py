@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -172,3 +175,11 @@ def test_cuda_has_no_process_but_norms_in_float32() -> None:
     assert cuda.overhead_mb == 0
     assert cuda.activations_mb > 1.2 * cpu.activations_mb
     assert cuda.peak_mb < cpu.peak_mb
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux counts from zero")
+def test_the_peak_is_this_process_own_not_that_of_the_one_which_started_it() -> None:
+    filled = torch.ones(2**28)  # a gigabyte here
+    code = "import torch; from dbadapter.speed import peak_memory_mb as m; print(m(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 50 < float(done.stdout) < filled.nbytes / 2**20

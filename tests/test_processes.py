@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_runs import tiny_config, write_photographs
 
 from dbadapter.adapter_file import read_adapter
-from dbadapter.config import TrainConfig
 from dbadapter.processes import Processes
 
 
@@ -30,28 +29,10 @@ def free_port() -> int:
 def test_two_processes_equal_one_at_the_summed_batch(
     tiny_base_folder: Path, tmp_path: Path, prior: str
 ) -> None:
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    for index in range(3):
-        pixels = np.random.default_rng(index).integers(0, 255, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-    config = TrainConfig(
-        instance_data_dir=folder,
-        class_noun="dog",
-        output_dir=tmp_path / "two",
-        base=str(tiny_base_folder),
-        prior=prior,
-        num_class_images=2,
-        rank=2,
-        max_train_steps=4,
-        learning_rate=1e-3,
-        text_encoder_learning_rate=1e-3,
-        train_batch_size=1,
-        mixed_precision="no",
-        checkpointing_steps=2,
-        validation_prompt=("a photo of {identifier} {class}",),
-        name="dog",
-    )
+    photographs = write_photographs(tmp_path / "photographs")
+    rates = {"learning_rate": 1e-3, "text_encoder_learning_rate": 1e-3}
+    settings = {"prior": prior, "train_batch_size": 1, "name": "dog", **rates}
+    config = tiny_config(photographs, tmp_path / "two", tiny_base_folder, **settings)
     toml = tmp_path / "run.toml"
     toml.write_text(config.to_toml())
     # Not --cpu: accelerate then starts one process and only names the address (accelerate 1.15).

@@ -9,13 +9,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_runs import tiny_config, write_photographs
 
 from dbadapter.adapter_file import read_adapter
-from dbadapter.config import TrainConfig
 
 PROGRAM = Path(__file__).with_name("killed_runs.py")
 
@@ -24,28 +22,17 @@ PROGRAM = Path(__file__).with_name("killed_runs.py")
 @pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_ten_kills_change_nothing(tiny_base_folder: Path, tmp_path: Path, precision: str) -> None:
     """kill -9 at ten random moments: loading, latents, steps, half-written files; weights are bit-equal."""
-    photographs = tmp_path / "photographs"
-    photographs.mkdir()
-    for index in range(3):
-        pixels = np.random.default_rng(index).integers(0, 255, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(photographs / f"{index}.png")
-    config = TrainConfig(
-        instance_data_dir=photographs,
-        class_noun="dog",
-        output_dir=tmp_path / "out",
-        base=str(tiny_base_folder),
+    config = tiny_config(
+        write_photographs(tmp_path / "photographs"),
+        tmp_path / "out",
+        tiny_base_folder,
         prior="generated",
         num_class_images=6,
-        rank=2,
         max_train_steps=16,
-        learning_rate=1e-2,
-        text_encoder_learning_rate=1e-2,
         lr_scheduler="cosine",
-        train_batch_size=2,
         mixed_precision=precision,
         checkpointing_steps=3,
         random_flip=True,
-        validation_prompt=("a photo of {identifier} {class}",),
     )
     toml = tmp_path / "run.toml"
     toml.write_text(replace(config, photo_tokens=True).to_toml())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import tomllib
@@ -14,73 +13,35 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_runs import draw_quickly, set_up, tiny_config, write_photographs
 
-from dbadapter import class_images, model_card, prior, training
+from dbadapter import training
 from dbadapter.adapter_file import read_adapter
 from dbadapter.base import Base, load_base
 from dbadapter.config import TrainConfig
 from dbadapter.data import picture_indices
 from dbadapter.errors import ConfigError, DataError, OutputError, TrainingError, UsageError
 from dbadapter.lora import adapters_off, apply, collect
-from dbadapter.photographs import find_photographs
-from dbadapter.training import Run, prepare, train, train_step
+from dbadapter.training import Run, train, train_step
 
 GOLDEN = Path(__file__).parent / "golden" / "loss_curve.json"
 
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    for index in range(3):
-        pixels = np.random.default_rng(index).integers(0, 255, (40, 48, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
+    folder = write_photographs(tmp_path / "photographs")
     (folder / ".DS_Store").write_bytes(b"junk")
     return folder
 
 
 @pytest.fixture
 def config(tmp_path: Path, photographs: Path, tiny_base_folder: Path) -> TrainConfig:
-    """Two pictures a step, class latents in seconds, float32, so that results repeat on any machine."""
-    return TrainConfig(
-        instance_data_dir=photographs,
-        class_noun="dog",
-        output_dir=tmp_path / "out",
-        base=str(tiny_base_folder),
-        prior_source="sampled",
-        num_class_images=2,
-        rank=2,
-        max_train_steps=4,
-        learning_rate=1e-2,
-        text_encoder_learning_rate=1e-2,
-        train_batch_size=2,
-        mixed_precision="no",
-        checkpointing_steps=2,
-        validation_prompt=("a photo of {identifier} {class_noun}",),
-    )
+    return tiny_config(photographs, tmp_path / "out", tiny_base_folder, prior_source="sampled")
 
 
 @pytest.fixture(autouse=True)
 def quick_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sampler steps a picture: these tests are about what is written, not how it looks."""
-    for module, name in (
-        (model_card, "generate_pictures"),
-        (class_images, "generate_pictures"),
-        (prior, "sample_class_latents"),
-    ):
-        monkeypatch.setattr(module, name, functools.partial(_quick, getattr(module, name)))
-
-
-def _quick(original: Callable[..., Any], *arguments: Any, **settings: Any) -> Any:
-    return original(*arguments, **settings | {"num_inference_steps": 2})
-
-
-def set_up(config: TrainConfig, tmp_path: Path) -> Run:
-    base = load_base(config.base, device="cpu")
-    resolved = config.resolved(base.family, base.resolution, "sks")
-    photographs = find_photographs(config.instance_data_dir)
-    return prepare(resolved, base, photographs, class_folder=tmp_path / "class_images")
+    draw_quickly(monkeypatch)
 
 
 def curve(run: Run, steps: int) -> list[list[float]]:

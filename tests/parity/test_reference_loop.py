@@ -14,12 +14,11 @@ from diffusers import DDPMScheduler
 from peft import LoraConfig
 from PIL import Image
 from tiny_bases import write_tiny_base
+from tiny_runs import set_up, tiny_config, write_photographs
 
 from dbadapter.base import Base, load_base
-from dbadapter.config import TrainConfig
 from dbadapter.data import draw, picture_indices
-from dbadapter.photographs import find_photographs
-from dbadapter.training import Run, prepare, train_step
+from dbadapter.training import train_step
 
 STEPS, BATCH, RANK, RATE = 20, 2, 2, 5e-3
 TEXT_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -28,19 +27,7 @@ SNR_GAMMA = 5.0
 
 @pytest.fixture
 def photographs(tmp_path: Path) -> Path:
-    folder = tmp_path / "photographs"
-    folder.mkdir()
-    for index in range(3):
-        pixels = np.random.default_rng(index).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{index}.png")
-    return folder
-
-
-def our_losses(base: Base, config: TrainConfig, tmp_path: Path) -> list[list[float]]:
-    resolved = config.resolved(base.family, base.resolution, "sks")
-    pictures = find_photographs(config.instance_data_dir)
-    run: Run = prepare(resolved, base, pictures, class_folder=tmp_path / "class_images")
-    return [train_step(run, step)[1:3].tolist() for step in range(STEPS)]
+    return write_photographs(tmp_path / "photographs", ((32, 32),) * 3)
 
 
 def add_adapters(base: Base) -> list[torch.nn.Parameter]:
@@ -137,23 +124,20 @@ def test_twenty_steps_are_those_of_a_plain_loop(
     """The `generated` prior on the same class pictures, text encoders trained, min-SNR on both terms."""
     folder = write_tiny_base(tmp_path / "base", family, prediction_type=prediction_type)
     monkeypatch.setattr("dbadapter.class_images.PICTURE_STEPS", 2)
-    config = TrainConfig(
-        instance_data_dir=photographs,
-        class_noun="dog",
-        output_dir=tmp_path / "out",
-        base=str(folder),
+    config = tiny_config(
+        photographs,
+        tmp_path / "out",
+        folder,
         prior="generated",
-        num_class_images=2,
-        rank=RANK,
         train_text_encoder=True,
         learning_rate=RATE,
         text_encoder_learning_rate=RATE,
         train_batch_size=BATCH,
         gradient_accumulation_steps=1,
-        mixed_precision="no",
         snr_gamma=SNR_GAMMA,
     )
-    ours = our_losses(load_base(str(folder), device="cpu"), config, tmp_path)
+    run = set_up(config, tmp_path)
+    ours = [train_step(run, step)[1:3].tolist() for step in range(STEPS)]
     plain = plain_losses(load_base(str(folder), device="cpu"), photographs, tmp_path / "class_images")
     np.testing.assert_allclose(ours, plain, rtol=2e-3, atol=1e-5)
     assert abs(plain[0][0] - plain[-1][0]) > 1e-3
