@@ -2,7 +2,7 @@
 
 torch keeps the input of every convolution, though only a trained weight's gradient needs it, and every input
 of a chain of cheap functions. Here a frozen convolution keeps nothing but its weight; group norm with SiLU,
-and GEGLU, keep their input alone and compute the rest again, which costs a small part of a convolution
+GEGLU with the projection before it, and CLIP's quick GELU keep their input alone and compute the rest again
 (as Chen et al. 2016, arXiv 1604.06174, section 4.3, for whole layers).
 """
 
@@ -19,20 +19,23 @@ from torch.nn.grad import conv2d_input
 __all__ = ["keep_less"]
 
 
-def keep_less(unet: Any) -> None:
-    """Let a UNet2DConditionModel's frozen layers keep less, in place; call it after adapters were injected.
+def keep_less(model: Any) -> None:
+    """Let frozen layers of a UNet or CLIP text encoder keep less, in place; call it after adapters came in.
 
     Names and modules stay as they are, only the `forward` of single layers changes. Layers that are trained
     (an adapter's own, all of a model in full fine-tuning) are passed over.
     """
     from diffusers.models.activations import GEGLU
     from diffusers.models.resnet import ResnetBlock2D
+    from transformers.activations import QuickGELUActivation
 
-    for module in unet.modules():
+    for module in model.modules():
         if isinstance(module, nn.Conv2d) and _is_plain(module):
             module.forward = functools.partial(_convolved, module)  # type: ignore[method-assign]
         elif isinstance(module, GEGLU):
             module.forward = functools.partial(_gated, module)
+        elif isinstance(module, QuickGELUActivation):
+            module.forward = _QuickGelu.apply
         elif isinstance(module, ResnetBlock2D) and _is_usual(module):
             for norm in (module.norm1, module.norm2):
                 norm.forward = functools.partial(_normed, norm)
@@ -69,7 +72,11 @@ def _convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _gated(layer: Any, x: Tensor) -> Tensor:
-    result: Tensor = _Geglu.apply(layer.proj(x))  # type: ignore[no-untyped-call]
+    # An adapter there keeps x as well, and would have to be computed again too.
+    if type(layer.proj) is nn.Linear and not layer.proj.weight.requires_grad:
+        result: Tensor = _ProjectedGeglu.apply(x, layer.proj.weight, layer.proj.bias)  # type: ignore[no-untyped-call]
+    else:
+        result = _Geglu.apply(layer.proj(x))  # type: ignore[no-untyped-call]
     return result
 
 
@@ -104,42 +111,60 @@ class _FrozenConv2d(torch.autograd.Function):
         return (grad.to(dtype), None, None, None, None, None)
 
 
-class _NormSilu(torch.autograd.Function):
-    """SiLU(GroupNorm(x)) with frozen weights; the norm is computed again for the backward pass."""
+class _Again(torch.autograd.Function):
+    """A function of x and frozen tensors that keeps nothing else: `of` is computed again for the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.groups, ctx.eps = groups, eps
+    def of(x: Tensor, *frozen: Any) -> Tensor:
+        raise NotImplementedError
+
+    @classmethod
+    def forward(cls, ctx: Any, x: Tensor, *frozen: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.frozen = frozen
         ctx.autocast = torch.is_autocast_enabled(x.device.type), torch.get_autocast_dtype(x.device.type)
-        return F.silu(F.group_norm(x, groups, weight, bias, eps))
+        return cls.of(x, *frozen)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias = ctx.saved_tensors
+    @classmethod
+    def backward(cls, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
         enabled, dtype = ctx.autocast
         with torch.enable_grad(), torch.autocast(x.device.type, dtype, enabled=enabled):
             again = x.detach().requires_grad_()
-            out = F.silu(F.group_norm(again, ctx.groups, weight, bias, ctx.eps))
+            out = cls.of(again, *ctx.frozen)
         (grad,) = torch.autograd.grad(out, again, grads[0])
-        return (grad, None, None, None, None)
+        return (grad, *[None] * len(ctx.frozen))
 
 
-class _Geglu(torch.autograd.Function):
+class _NormSilu(_Again):
+    """SiLU(GroupNorm(x))."""
+
+    @staticmethod
+    def of(x: Tensor, *frozen: Any) -> Tensor:
+        groups, weight, bias, eps = frozen
+        return F.silu(F.group_norm(x, groups, weight, bias, eps))
+
+
+class _Geglu(_Again):
     """x * GELU(gate) of the halves of the last dimension (Shazeer 2020, arXiv 2002.05202)."""
 
     @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
-        x, gate = both.chunk(2, dim=-1)
-        return x * F.gelu(gate)
+    def of(x: Tensor, *frozen: Any) -> Tensor:
+        hidden, gate = x.chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+
+class _ProjectedGeglu(_Again):
+    """GEGLU of a frozen projection: eight times as wide as x."""
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        (both,) = ctx.saved_tensors
-        with torch.enable_grad():
-            again = both.detach().requires_grad_()
-            x, gate = again.chunk(2, dim=-1)
-            out = x * F.gelu(gate)
-        (grad,) = torch.autograd.grad(out, again, grads[0])
-        return (grad,)
+    def of(x: Tensor, *frozen: Any) -> Tensor:
+        return _Geglu.of(F.linear(x, *frozen))
+
+
+class _QuickGelu(_Again):
+    """x * sigmoid(1.702 x), as CLIP has it."""
+
+    @staticmethod
+    def of(x: Tensor, *frozen: Any) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)

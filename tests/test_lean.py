@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from dbadapter import toybox
 from dbadapter.lean import keep_less
@@ -73,3 +74,20 @@ def test_checkpointed_layers_may_keep_less_too() -> None:
         step(unet, torch.float32)
     for one, other in zip(its, theirs, strict=True):
         assert torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_text_encoders_learn_the_same(dtype: torch.dtype) -> None:
+    config = CLIPTextConfig.from_pretrained(toybox.folder() / "text_encoder", hidden_act="quick_gelu")
+    gradients = []
+    for lean in (False, True):
+        torch.manual_seed(0)
+        model = CLIPTextModel(config)
+        model.embeddings.requires_grad_(True)
+        if lean:
+            keep_less(model)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            hidden = model(torch.arange(20)[None]).last_hidden_state
+        hidden.float().square().mean().backward()
+        gradients.append(model.embeddings.token_embedding.weight.grad)
+    assert torch.equal(*gradients)
