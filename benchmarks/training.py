@@ -30,11 +30,14 @@ from PIL import Image
 from benchmarks import report
 from benchmarks.training_figures import bars, figures, ratios, rounded, startup_figures
 from dbadapter import toybox
+from dbadapter.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 BASES = ("toybox", "sd15")
 TABLES = ("fp32", "bf16", "defaults", "startup")
-RANK, BATCH, IDENTIFIER, SEED = 8, 1, "sks", 0
+RANK, IDENTIFIER, SEED = 8, "sks", 0
+# What a run with our defaults takes; with one picture a step, toybox's are mostly Python.
+BATCHES = {"toybox": PRESETS["toybox"].train_batch_size, "sd15": PRESETS["sd1"].train_batch_size}
 # Words that only this script has, of all those in diffusers' examples/dreambooth.
 _MARKS = ("DreamBoothDataset", "LoraConfig", "pre_compute_text_embeddings", "accelerator.accumulate(unet)")
 
@@ -51,6 +54,7 @@ class Job:
         pictures: how many class pictures.
         noun: of the class.
         resolution: pixels a side.
+        batch: photographs a step; the prior adds as many.
         script: theirs.
         work: where runs and records go.
         threads: of each process.
@@ -64,6 +68,7 @@ class Job:
     pictures: int
     noun: str
     resolution: int
+    batch: int
     script: Path
     work: Path
     threads: int
@@ -78,7 +83,7 @@ class Job:
             "--class_prompt": f"a photo of a {self.noun}",
             "--num_class_images": self.pictures,
             "--resolution": self.resolution,
-            "--train_batch_size": BATCH,
+            "--train_batch_size": self.batch,
             "--rank": RANK,
             "--seed": SEED,
         }
@@ -93,7 +98,7 @@ class Job:
             "--class-noun": self.noun,
             "--identifier": IDENTIFIER,
             "--resolution": self.resolution,
-            "--train-batch-size": BATCH,
+            "--train-batch-size": self.batch,
             "--rank": RANK,
             "--seed": SEED,
         }
@@ -309,6 +314,9 @@ def _base(name: str, work: Path) -> Path:
 @click.option(
     "--resolution", type=click.IntRange(64), help="Of sd15; toybox has 64.  [default: 256, on a GPU 512]"
 )
+@click.option(
+    "--train-batch-size", "batch", type=click.IntRange(1), help="Of both.  [default: our preset's: 4 and 1]"
+)
 @click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
 @click.option("--instance-data-dir", type=click.Path(path_type=Path), help="[default: the example's mug]")
 @click.option("--class-noun", help="What the photographs show.  [default: the example's]")
@@ -329,6 +337,7 @@ def main(
     rounds: int,
     class_pictures: int | None,
     resolution: int | None,
+    batch: int | None,
     threads: int | None,
     instance_data_dir: Path | None,
     class_noun: str | None,
@@ -363,6 +372,7 @@ def main(
             pictures=count,
             noun=class_noun or example.class_noun,
             resolution=side,
+            batch=batch or BATCHES[name],
             script=peer_script.resolve(),
             work=work,
             threads=threads,
@@ -372,7 +382,12 @@ def main(
             "bf16": like_for_like(job, "bf16"),
             "defaults": ([], ["--num-class-images", str(count)]),
         }
-        about: dict[str, Any] = {"resolution": side, "batch": BATCH, "rank": RANK, "class_pictures": count}
+        about: dict[str, Any] = {
+            "resolution": side,
+            "batch": job.batch,
+            "rank": RANK,
+            "class_pictures": count,
+        }
         about["photographs"] = len(list(instances.iterdir()))
         for table in chosen:
             if table == "startup":

@@ -78,7 +78,7 @@ _SD = Preset(
         "photo_tokens": f"off: measured on toybox only (docs/decisions/0007); {_NOT_MEASURED}",
         "train_batch_size": _LORA_EXAMPLE,
         "gradient_accumulation_steps": _LORA_EXAMPLE,
-        "prior_source": "needs no sampling; on toybox diversity .92 against .97 (benchmarks/README.md)",
+        "prior_source": "needs no sampling; on toybox .92 of the places are right, not .96 (benchmarks)",
         "prior_loss_weight": "Ruiz et al. 2022, section 3.3: lambda = 1",
         "num_class_images": f"diffusers, README.md, prior preservation; {_NOT_MEASURED}",
         "checkpointing_steps": f"{_OURS}: a few minutes of work at most are lost",

@@ -248,6 +248,7 @@ def test_both_sides_are_given_the_same_job(tmp_path: Path) -> None:
         pictures=3,
         noun="mug",
         resolution=256,
+        batch=1,
         script=tmp_path / "train_dreambooth_lora.py",
         work=tmp_path,
         threads=2,
@@ -280,7 +281,9 @@ def test_our_arguments_are_options_of_the_command(tmp_path: Path) -> None:
     from dbadapter.cli.train import train
 
     known = {word for parameter in train.params for word in (*parameter.opts, *parameter.secondary_opts)}
-    job = training.Job("toybox", tmp_path, "toybox", tmp_path, tmp_path, 4, "mug", 64, tmp_path, tmp_path, 1)
+    job = training.Job(
+        "toybox", tmp_path, "toybox", tmp_path, tmp_path, 4, "mug", 64, 4, tmp_path, tmp_path, 1
+    )
     words = job.our_arguments(training.like_for_like(job, "no")[1])
     assert {word for word in words if word.startswith("--")} <= known
 
