@@ -72,7 +72,7 @@ def _convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def _gated(layer: Any, x: Tensor) -> Tensor:
-    # An adapter there keeps x as well, and would have to be computed again too.
+    # An adapter there would have to be computed again too.
     if type(layer.proj) is nn.Linear and not layer.proj.weight.requires_grad:
         result: Tensor = _ProjectedGeglu.apply(x, layer.proj.weight, layer.proj.bias)  # type: ignore[no-untyped-call]
     else:

@@ -34,7 +34,6 @@ from dbadapter.speed import keep_freed_memory, peak_memory_mb, use_tensor_cores
 __all__ = ["Run", "TrainResult", "batch_losses", "prepare", "train", "train_step", "validation_loss"]
 
 MAX_GRAD_NORM = 1.0
-LARGE = 2 * 2**30  # bytes of weights beside which a heap with gaps is too much
 LOG_EVERY = 10  # steps between two looks at the losses: each one waits for the device
 
 Progress = Callable[[str, int, int], None]
@@ -151,8 +150,7 @@ def _learn(
     """Train; the models are free for collection when this returns."""
     config, base, folder, snapshot = found.config, found.base, found.folder, found.snapshot
     device = base.device
-    weights = sum(parameter.nbytes for parameter in base.unet.parameters())
-    keep_freed_memory(device, sparing=weights > LARGE)
+    keep_freed_memory(device)
     use_tensor_cores(device)
     if ours.is_main:
         folder.start(config.to_toml(), resumed_step=snapshot.step if snapshot else 0)
