@@ -89,6 +89,7 @@ def _models(found: Plan) -> Iterator[str]:
         prior=config.prior,
         train_text_encoder=bool(config.train_text_encoder),
         gradient_checkpointing=config.gradient_checkpointing,
+        lean=not config.full and not config.compile,
         previews=bool(config.validation_steps),
         optimizer=config.optimizer,
     )

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from dbadapter.config_checks import LOGGERS
 from dbadapter.errors import OutputError, UsageError
 
 __all__ = ["LOGGERS", "Logger", "check_logger", "make_logger"]
 
-LOGGERS = ("none", "tensorboard", "wandb")
 WANDB_PROJECT = "dbadapter"  # where the environment variable WANDB_PROJECT says nothing
 
 

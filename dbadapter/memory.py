@@ -24,8 +24,9 @@ from torch.utils._pytree import tree_leaves
 
 from dbadapter.base import Precision
 from dbadapter.data import encoded_at_once
+from dbadapter.lean import keep_less, pays
 from dbadapter.lora import adapters_off
-from dbadapter.speed import DTYPES, PLAIN_ATTENTION_TOKENS
+from dbadapter.speed import DTYPES, PLAIN_ATTENTION_TOKENS, shorten_adapters
 
 __all__ = ["Estimate", "estimate", "peak_bytes"]
 
@@ -79,6 +80,7 @@ def estimate(
     prior: str = "none",
     train_text_encoder: bool = False,
     gradient_checkpointing: bool = False,
+    lean: bool = False,
     previews: bool = False,
     optimizer: str = "adamw",
     encode_batch: int | None = None,
@@ -97,6 +99,7 @@ def estimate(
         device_type: "cpu" or "cuda", which differ in what autocast does and in the attention.
         prior: "distill" (the teacher's pass comes before the step's own), "generated" or "none".
         train_text_encoder: whether the text encoders run, and learn, in every step.
+        lean: whether frozen layers may keep less: not with --full or --compile.
         previews: whether pictures are drawn on the way, for which VAE and text encoders stay.
         optimizer: of `optimizers.OPTIMIZERS`.
         encode_batch, decode_batch: pictures that the VAE takes at once; None is as `LatentCache.encode`.
@@ -107,7 +110,7 @@ def estimate(
     models = [unet, *text_encoders]
     loaded = _bytes(parameter for model in (*models, vae) for parameter in model.parameters())
     height, width = latent_shape[1:]
-    _prepare(models, precision, device_type, height * width, gradient_checkpointing)
+    _prepare(models, precision, device_type, height * width, gradient_checkpointing, lean and pays(unet))
     trained = [parameter for model in models for parameter in model.parameters() if parameter.requires_grad]
     trainable = sum(p.numel() * (p.element_size() * 2 + _MOMENT_BYTES[optimizer]) for p in trained)
     staying = (*models, vae) if previews else (unet, *(text_encoders if train_text_encoder else ()))
@@ -254,15 +257,20 @@ class _FusedAttention(torch.autograd.Function):
 
 
 def _prepare(
-    models: Sequence[Any], precision: Precision, device_type: str, tokens: int, gradient_checkpointing: bool
+    models: Sequence[Any],
+    precision: Precision,
+    device_type: str,
+    tokens: int,
+    gradient_checkpointing: bool,
+    lean: bool,
 ) -> None:
     """Do what `training.prepare` does to the models, as far as it costs or saves memory."""
     from diffusers.models.attention_processor import AttnProcessor
 
     for model in models:
-        for module in model.modules():
-            if hasattr(module, "lora_A"):
-                module.cast_input_dtype_enabled = False
+        shorten_adapters(model)
+        if lean:
+            keep_less(model)
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(DTYPES[precision])

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbadapter.config_checks import OPTIMIZERS
 from dbadapter.errors import TrainingError, UsageError
 
 __all__ = ["OPTIMIZERS", "check_optimizer", "load_state", "make_optimizer", "state_tensors"]
 
-OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 # Prodigy's first estimate, below which it never falls. From its own default, 1e-6, the first 75 steps of a
 # run on toybox went into growing; from 1e-5 it was 50, from 1e-4 none; each came to about 1e-3. Not 1e-4,
 # which is the whole rate that LoRA on SD1.5 is trained at.

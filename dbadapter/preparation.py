@@ -17,7 +17,7 @@ from dbadapter.buckets import bucket_sizes, nearest_bucket
 from dbadapter.conditioning import Conditioning, PromptIds, encode, tokenize_prompts
 from dbadapter.config import TrainConfig
 from dbadapter.data import LatentCache
-from dbadapter.lean import keep_less
+from dbadapter.lean import keep_less, pays
 from dbadapter.lora import inject
 from dbadapter.optimizers import make_optimizer
 from dbadapter.photographs import Photograph, load_crop
@@ -38,8 +38,6 @@ from dbadapter.speed import (
 __all__ = ["Run", "picture_sizes", "prepare"]
 
 Progress = Callable[[str, int, int], None]
-# Bytes of a UNet for which `keep_less` pays: in toybox's, 35 MB, it saves nothing and takes 7 % of a step.
-LARGE_ENOUGH = 2**28
 
 
 @dataclass
@@ -127,7 +125,7 @@ def prepare(
         enable_gradient_checkpointing(base)
     if config.compile:
         base.unet.compile()  # it chooses itself what is kept and what is computed again
-    elif not config.full and sum(weight.nbytes for weight in base.unet.parameters()) > LARGE_ENOUGH:
+    elif not config.full and pays(base.unet):
         for model in (base.unet, *base.text_encoders.values()):
             keep_less(model)
     if not config.validation_steps:

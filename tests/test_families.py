@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from ldm import write_ldm
 from tiny_bases import write_tiny_base
 from tiny_runs import draw_quickly, set_up, tiny_config, write_photographs
 
@@ -105,6 +106,31 @@ def test_a_run(
     before = prediction(base)
     apply(base.pipeline, {result.adapter_path: 1.0})
     assert not torch.allclose(prediction(base), before, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "prior", "precision"),
+    [
+        ("sd1", "generated", "bf16"),
+        ("sd2", "distill", "no"),
+        ("sd2-v", "generated", "no"),
+        ("sdxl", "distill", "bf16"),
+    ],
+)
+def test_a_single_file_trains_as_its_folder(
+    config: TrainConfig, bases: dict[str, Path], tmp_path: Path, family: str, prior: str, precision: str
+) -> None:
+    file = write_ldm(bases[family], tmp_path / "base.safetensors")
+    settings = replace(config, prior=prior, mixed_precision=precision, name="it")
+    adapters = []
+    for name, base in (("folder", bases[family]), ("file", file)):
+        run = replace(settings, base=str(base), output_dir=tmp_path / name)
+        adapters.append(read_adapter(train(run).adapter_path))
+    whole, single = adapters
+    assert single.family == whole.family == family.removesuffix("-v")
+    assert single.modules.keys() == whole.modules.keys()
+    for name, weights in whole.modules.items():
+        assert torch.equal(single.modules[name].lora_B, weights.lora_B), name
 
 
 def prediction(base: Base) -> torch.Tensor:

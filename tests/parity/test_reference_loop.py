@@ -124,7 +124,7 @@ def test_twenty_steps_are_those_of_a_plain_loop(
     """The `generated` prior on the same class pictures, text encoders trained, min-SNR on both terms."""
     folder = write_tiny_base(tmp_path / "base", family, prediction_type=prediction_type)
     monkeypatch.setattr("dbadapter.class_images.PICTURE_STEPS", 2)
-    monkeypatch.setattr("dbadapter.preparation.LARGE_ENOUGH", 0)
+    monkeypatch.setattr("dbadapter.lean.LARGE_ENOUGH", 0)
     config = tiny_config(
         photographs,
         tmp_path / "out",
