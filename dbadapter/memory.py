@@ -3,9 +3,9 @@
 The models lie on the meta device, where operations have shapes and dtypes but no data. A step is taken there,
 and the bytes of all tensors alive are counted as they come and go.
 
-Measured on a CPU, every tensor in pages of its own (MALLOC_MMAP_THRESHOLD_=65536), a step of SD1.5 at 256 px,
-batch 2, takes 1228 MB in float32 (counted: 1212) and 670 in bfloat16 (613); with gradient checkpointing it is
-350 (332) and 211 (163). In glibc's heap, as in training, it is half as much again or more: `_OF_ACTIVATIONS`.
+Measured on a CPU, every tensor in pages of its own (MALLOC_MMAP_THRESHOLD_=65536), a step of SD1.5 at 256
+pixels, batch 2, in float32 takes about 680 MB beside the weights. Counted are 484: oneDNN lays the weights of
+convolutions out anew, in memory that is no tensor's. In glibc's heap, as in training, it is 800 to 900.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ __all__ = ["Estimate", "estimate", "peak_bytes"]
 
 MB = 2**20
 # Only on CPUs: Python with torch, diffusers, transformers and peft, their kernels used once; and the heap's
-# holes, fitted to SD1.5's steps above (peaks of 1890 to 2196, 885, 1010 and 488 MB) and toybox's.
+# holes. Rather too much than too little: SD1.5's steps at 256 px come to 5,620 and 3,410 MB in float32 and
+# bfloat16, where 4,960 and 3,280 were measured (benchmarks/results/training-sd15.json, imports included).
 PROCESS_MB = 550.0
 _OF_ACTIVATIONS = 0.5
 _OF_WEIGHTS = 0.15  # oneDNN lays every convolution's weight out anew: large pieces come and go

@@ -29,7 +29,7 @@ from dbadapter.prior import teacher_prediction
 from dbadapter.processes import Processes, local_device, processes
 from dbadapter.run_folder import RunFolder
 from dbadapter.sampling import save_pictures
-from dbadapter.speed import keep_freed_memory, peak_memory_mb, use_tensor_cores
+from dbadapter.speed import hand_back_freed_memory, keep_freed_memory, peak_memory_mb, use_tensor_cores
 
 __all__ = ["Run", "TrainResult", "batch_losses", "prepare", "train", "train_step", "validation_loss"]
 
@@ -137,11 +137,16 @@ def train(
         if found.finished:
             return finished_result(found.config, found.folder, time.perf_counter() - start)
         ours.wait()  # all have seen the folder as it was
-        trained = _learn(found, started_at, ours, report, on_log or (lambda figures: None))
+        folder, trained = (
+            found.folder,
+            _learn(found, started_at, ours, report, on_log or (lambda figures: None)),
+        )
+        del found  # the models, before the samples' base is loaded
+        hand_back_freed_memory(trained.device)
         if ours.is_main:
-            write_results(trained, found.folder, report)
+            write_results(trained, folder, report)
         ours.wait()
-        return result_of(trained, found.folder, time.perf_counter() - start)
+        return result_of(trained, folder, time.perf_counter() - start)
 
 
 def _learn(
