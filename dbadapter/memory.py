@@ -26,6 +26,7 @@ from dbadapter.base import Precision
 from dbadapter.data import encoded_at_once
 from dbadapter.lean import keep_less, pays
 from dbadapter.lora import adapters_off
+from dbadapter.sampling import DECODED_TOGETHER
 from dbadapter.speed import DTYPES, PLAIN_ATTENTION_TOKENS, shorten_adapters
 
 __all__ = ["Estimate", "estimate", "peak_bytes"]
@@ -85,7 +86,7 @@ def estimate(
     previews: bool = False,
     optimizer: str = "adamw",
     encode_batch: int | None = None,
-    decode_batch: int = 4,
+    decode_batch: int | None = None,
 ) -> Estimate:
     """Return what a run takes; the models are used up: cast, and set to train.
 
@@ -103,7 +104,8 @@ def estimate(
         lean: whether frozen layers may keep less: not with --full or --compile.
         previews: whether pictures are drawn on the way, for which VAE and text encoders stay.
         optimizer: of `optimizers.OPTIMIZERS`.
-        encode_batch, decode_batch: pictures that the VAE takes at once; None is as `LatentCache.encode`.
+        encode_batch, decode_batch: pictures that the VAE takes at once; None is as `LatentCache.encode`
+            and `sampling.generate_pictures`.
     """
     for model in text_encoders if not train_text_encoder else ():
         model.requires_grad_(False)
@@ -131,7 +133,8 @@ def estimate(
         at_once = encode_batch or encoded_at_once(height * width * side**2)
         pixels = (at_once, 3, height * side, width * side)
         encode = peak_bytes(lambda: vae.encode(torch.zeros(pixels, device="meta")))
-        latents = (decode_batch, *latent_shape)
+        together = 4 if height * width * side**2 <= DECODED_TOGETHER else 1
+        latents = (decode_batch or together, *latent_shape)
         decode = peak_bytes(lambda: vae.decode(torch.zeros(latents, device="meta")))
     # The photographs are encoded when the weights are cast already, if they will be. The samples are drawn by
     # a base loaded anew: in the run's precision, VAE and all, on a GPU, in float32 on a CPU.

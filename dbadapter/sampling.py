@@ -34,6 +34,8 @@ __all__ = [
     "write_png",
 ]
 
+DECODED_TOGETHER = 512**2  # pixels of the largest pictures that the VAE takes several of
+
 GENERATOR = "dbadapter"  # written into every PNG, so that we only ever remove pictures of our own
 GRID_NAME = "grid.png"
 MOST_IMAGES = 1000  # of one prompt: all pictures stay in memory until the last is drawn
@@ -125,6 +127,7 @@ def generate_pictures(
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
     total = len(batches) * num_inference_steps
     pictures: list[Picture] = []
+    _decode_large_ones_singly(pipeline, height, width)
     with _no_progress_bar(pipeline):
         for number, batch in enumerate(batches):
             images = _denoise(
@@ -282,6 +285,17 @@ def _check_request(
             faults.append(f"{name} must be a multiple of 8 pixels, got {value}")
     if faults:
         raise UsageError("; ".join(faults))
+
+
+def _decode_large_ones_singly(pipeline: Any, height: int | None, width: int | None) -> None:
+    """Let the VAE decode pictures above SD1.5's size one by one: four of SDXL's take 16 GB in float32."""
+    vae: Any = getattr(pipeline, "vae", None)
+    unet: Any = getattr(pipeline, "unet", None)
+    if not hasattr(vae, "enable_slicing") or unet is None:
+        return
+    usual = int(unet.config.sample_size) * 2 ** (len(vae.config.block_out_channels) - 1)
+    if (height or usual) * (width or usual) > DECODED_TOGETHER:
+        vae.enable_slicing()
 
 
 def _denoise(

@@ -114,7 +114,7 @@ def shorten_adapters(model: nn.Module) -> None:
         if hasattr(module, "lora_A"):
             module.cast_input_dtype_enabled = False  # type: ignore[assignment]
             if isinstance(module.base_layer, nn.Linear):
-                module.forward = functools.partial(_adapted, module)  # type: ignore[method-assign]
+                module.forward = functools.partial(_adapted, module)
 
 
 def _adapted(layer: Any, x: Tensor) -> Tensor:

@@ -235,3 +235,14 @@ def test_wrapped_words_fit_and_none_is_lost(text: str, width: int) -> None:
     lines = wrap_words(text, font, width)
     assert "".join(lines).replace(" ", "") == text.replace(" ", "")
     assert all(font.getlength(line) <= width for line in lines)
+
+
+def test_large_pictures_are_decoded_one_by_one(tiny_base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    together = generate_pictures(tiny_base.pipeline, ["a dog", "a cat"], num_inference_steps=2)
+    assert not tiny_base.vae.use_slicing
+    monkeypatch.setattr("dbadapter.sampling.DECODED_TOGETHER", 32 * 32 - 1)
+    singly = generate_pictures(tiny_base.pipeline, ["a dog", "a cat"], num_inference_steps=2)
+    assert tiny_base.vae.use_slicing
+    for one, other in zip(together, singly, strict=True):
+        difference = np.subtract(np.asarray(one.image, int), np.asarray(other.image, int))
+        assert np.abs(difference).max() <= 1
