@@ -27,6 +27,9 @@ def advice(
         sizes: (width, height) that the photographs are cropped to.
     """
     yield from _rates(config, family)
+    for name, prompt in (("instance", config.instance_prompt), ("class", config.class_prompt)):
+        if prompt is not None and config.class_noun not in prompt:
+            yield f"the {name} prompt {prompt!r} does not say {config.class_noun!r}: set --{name}-prompt"
     if config.lr_warmup_steps >= int(config.max_train_steps or 0):
         yield (
             f"{config.lr_warmup_steps} steps of warm-up are as many as the run's {config.max_train_steps}, "

@@ -233,13 +233,12 @@ def _parts(index: Mapping[str, Any]) -> list[str]:
 
 def _text_width(folder: Path, config: Mapping[str, Any]) -> int:
     nested = config.get("text_config")
-    if not (
-        width := config.get("hidden_size", nested.get("hidden_size") if isinstance(nested, dict) else None)
-    ):
+    width = config.get("hidden_size", nested.get("hidden_size") if isinstance(nested, dict) else None)
+    if not isinstance(width, int):
         raise BaseError(
             f"base {folder}: a text encoder's config.json has no hidden_size; it is no CLIPTextModel"
         )
-    return int(width)
+    return width
 
 
 def _refuse_other_architectures(folder: Path, index: Mapping[str, Any]) -> None:
@@ -268,6 +267,9 @@ def _check_part(folder: Path, index: Mapping[str, Any], part: str) -> None:
         raise BaseError(f"base {folder}: the part {part} is missing; download or save the model again, whole")
     if part.startswith("text_") and name != wanted:
         raise BaseError(f"base {folder}: its {part} is a {name}, expected a {wanted}; {_PASS}")
+    words = ("vocab.json", "tokenizer.json")
+    if part.startswith("tokenizer") and not any((folder / part / name).is_file() for name in words):
+        raise BaseError(f"base {folder}: {part} has no vocabulary; download or save the model again, whole")
     if stem is None or any((folder / part).glob(f"{stem}*.safetensors*")):
         return
     if pickles := sorted(path.name for path in (folder / part).glob("*.bin")):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dbadapter.data import Draws, LatentCache, draw, picture_indices
 
-__all__ = ["Batch", "Samples", "batches", "validation_batches"]
+__all__ = ["Batch", "Samples", "batches", "to_device", "validation_batches"]
 
 VALIDATION_SAMPLES = 8
 
@@ -132,10 +132,13 @@ def _batch(
         prompts += [samples.class_prompt] * len(chosen)
     return Batch(
         x0=torch.cat(
-            [cache.sample(indices, _to(drawn.posterior_noise, device)) for cache, indices, drawn in used]
+            [
+                cache.sample(indices, to_device(drawn.posterior_noise, device))
+                for cache, indices, drawn in used
+            ]
         ),
-        noise=_to(torch.cat([drawn.noise for *_, drawn in used]), device),
-        timesteps=_to(torch.cat([drawn.timesteps for *_, drawn in used]), device),
+        noise=to_device(torch.cat([drawn.noise for *_, drawn in used]), device),
+        timesteps=to_device(torch.cat([drawn.timesteps for *_, drawn in used]), device),
         prompts=torch.tensor(prompts),
         time_ids=torch.stack([cache.time_ids[index] for cache, indices, _ in used for index in indices]),
         masks=samples.instance.weights(chosen),
@@ -144,6 +147,6 @@ def _batch(
     )
 
 
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Return the tensor on the device; from pinned memory, so that the program need not wait for a GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -28,7 +28,7 @@ from dbadapter.base import Base
 from dbadapter.config import TrainConfig
 from dbadapter.errors import ConfigError, OutputError, TrainingError
 from dbadapter.optimizers import load_state, state_tensors
-from dbadapter.photographs import Photograph
+from dbadapter.photographs import Photograph, find_photographs
 
 __all__ = [
     "Best",
@@ -45,7 +45,6 @@ __all__ = [
 KEEP = 2  # newest checkpoints that stay, and the best besides
 # What may not change when a run is resumed; learning rates, precision, steps and reports may.
 _IDENTITY = (
-    "base",
     "prediction_type",
     "instance_prompt",
     "photo_tokens",
@@ -106,26 +105,31 @@ class Snapshot:
     random_states: Mapping[str, Any] = field(default_factory=dict)
 
 
-def run_identity(config: TrainConfig, base: Base, photographs: Sequence[Photograph]) -> dict[str, Any]:
+def run_identity(
+    config: TrainConfig, base: Base, photographs: Sequence[Photograph], processes: int = 1
+) -> dict[str, Any]:
     """Return what must not change for a resumed run to be the same run.
 
     Args:
         config: resolved.
         base: as loaded; its weights count, not only its name.
         photographs: their contents count, in their order, with captions and masks.
+        processes: each takes samples of its own in every step.
     """
     fields = {name: getattr(config, name) for name in _IDENTITY}
     files = [photograph.path for photograph in photographs]
     for photograph in photographs:
-        if photograph.caption is not None:
-            files.append(photograph.path.with_suffix(".txt"))
         if config.masked_loss and isinstance(photograph.mask, Path):
             files.append(photograph.mask)
-    fields["class_data_dir"] = None if config.class_data_dir is None else str(config.class_data_dir)
+    captions = [photograph.caption for photograph in photographs if photograph.caption is not None]
+    if config.class_data_dir is not None:
+        pictures = [picture.path for picture in find_photographs(config.class_data_dir)]
+        fields["class_data_dir"] = f"{len(pictures)} files {_digest(pictures)}"
     return fields | {
         "prediction_type": base.prediction_type,
         "base_fingerprint": base.fingerprint,
-        "photographs": f"{len(files)} files {_digest(files)}",
+        "photographs": f"{len(files)} files {_digest(files, captions)}",
+        "processes": processes,
     }
 
 
@@ -184,7 +188,8 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
     kept = {step for step, _ in _checkpoints(folder)[-KEEP:]} | {snapshot.best.step if snapshot.best else -1}
     for step, old in _checkpoints(folder):
         if step not in kept:
-            old.unlink()
+            with suppress(OSError):
+                old.unlink()
     return path
 
 
@@ -218,8 +223,8 @@ def read(path: Path) -> Snapshot:
         ) from error
 
 
-def check_same_run(snapshot: Snapshot, identity: Mapping[str, Any]) -> None:
-    """Pass if the checkpoint is of a run with this identity.
+def check_same_run(then: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Pass if the checkpoint is of a run with this identity, or what a finished run has noted is.
 
     Raises:
         ConfigError: it is not; every difference is listed.
@@ -227,13 +232,13 @@ def check_same_run(snapshot: Snapshot, identity: Mapping[str, Any]) -> None:
     # Through JSON, as the checkpoint's own went: tuples become lists.
     wanted = json.loads(json.dumps(dict(identity)))
     faults = [
-        f"{name} was {snapshot.identity.get(name)!r}, is {wanted.get(name)!r}"
-        for name in sorted({*wanted, *snapshot.identity})
-        if wanted.get(name) != snapshot.identity.get(name)
+        f"{name} was {then.get(name)!r}, is {wanted.get(name)!r}"
+        for name in sorted({*wanted, *then})
+        if wanted.get(name) != then.get(name)
     ]
     if faults:
         raise ConfigError(
-            f"cannot resume, the checkpoint is of another run: {'; '.join(faults)}; set them back, or start "
+            f"cannot resume, the folder holds another run: {'; '.join(faults)}; set them back, or start "
             "anew with --overwrite"
         )
 
@@ -290,10 +295,12 @@ def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
 
-def _digest(paths: Sequence[Path]) -> str:
+def _digest(paths: Sequence[Path], words: Sequence[str] = ()) -> str:
     digest = hashlib.blake2b(digest_size=4)
     for path in paths:
         digest.update(hashlib.blake2b(path.read_bytes()).digest())
+    for word in words:
+        digest.update(hashlib.blake2b(word.encode()).digest())
     return digest.hexdigest()
 
 

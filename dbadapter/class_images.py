@@ -10,10 +10,10 @@ from typing import Any
 
 from dbadapter.base import Base
 from dbadapter.config import TrainConfig
-from dbadapter.errors import DataError
+from dbadapter.errors import DataError, OutputError
 from dbadapter.photographs import Photograph
 from dbadapter.run_folder import write_text
-from dbadapter.sampling import generate_pictures, write_png
+from dbadapter.sampling import generate_pictures, is_ours, write_png
 
 __all__ = ["MANIFEST", "check_manifest", "class_images"]
 
@@ -36,7 +36,9 @@ def class_images(
 
     Args:
         sizes: (width, height) of each picture in pixels.
-        folder: made if need be; only pictures that a manifest of ours lists are ever replaced.
+        folder: made if need be; only pictures of our own are ever replaced.
+    Raises:
+        OutputError: a picture of somebody else's has the name of one to be drawn.
     """
     maker = _maker(base, config)
     made = _listed(folder, maker)
@@ -48,6 +50,9 @@ def class_images(
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, maker, made)
     missing = [name for name in wanted if name not in made]
+    for name in missing:  # one of ours may be left of a run that was cut before it was listed
+        if (folder / name).exists() and not is_ours(folder / name):
+            raise OutputError(f"{folder / name} is no class picture of dbadapter's; move it elsewhere")
     batches = _batches(missing, wanted)
 
     def report(batch: int, done: int, _total: int) -> None:

@@ -101,6 +101,8 @@ def _text_faults(config: TrainConfig) -> Iterator[str]:
         yield "class_noun must say what the subject is, e.g. dog, got nothing"
     elif re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", config.class_noun):
         yield f"class_noun must be one line without control characters, got {config.class_noun!r}"
+    elif "{" in config.class_noun or "}" in config.class_noun:
+        yield f"class_noun must be a word without braces, e.g. dog, got {config.class_noun!r}"
     elif config.class_noun == "auto":
         yield "class_noun auto is not supported yet: say what the subject is, e.g. dog"
     for name in ("identifier", "base"):

@@ -126,6 +126,7 @@ def write_results(trained: Trained, folder: RunFolder, report: Progress) -> None
             folder.best_adapter, trained.best, description=description, sidecars=False, overwrite=True
         )
     folder.settle()
+    folder.drop_other_kind(full=config.full)
     pictures = _samples(trained, folder, report)
     save_pictures(pictures, folder.samples, overwrite=True)
     if trained.adapter is not None:

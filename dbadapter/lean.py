@@ -66,7 +66,9 @@ def _is_usual(block: Any) -> bool:
         isinstance(norm, nn.GroupNorm) and norm.affine and not norm.weight.requires_grad
         for norm in (block.norm1, block.norm2)
     )
-    return norms and isinstance(block.nonlinearity, nn.SiLU)
+    # Only where nothing comes between norm and activation, as scale and shift of the time embedding may.
+    plain = block.time_embedding_norm == "default" and not getattr(block, "skip_time_act", False)
+    return norms and plain and isinstance(block.nonlinearity, nn.SiLU)
 
 
 def _convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ def only_run(folder: Path) -> Iterator[None]:
         OutputError: another process holds it, or neither place can be written.
     """
     path = folder.resolve()
+    if not path.name:
+        raise OutputError(f"{folder} is the file system's root; pass another --output-dir")
     made = _make_parents(path, folder)
     try:
         lock = _acquired(path.with_name(f".{path.name}.lock"), folder)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dbadapter.errors import OutputError
@@ -24,7 +25,7 @@ def write_model_folder(pipeline: Any, folder: Path) -> None:
     Raises:
         OutputError: it cannot be written; nothing half-written stays.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
         pipeline.save_pretrained(partial)
@@ -33,11 +34,16 @@ def write_model_folder(pipeline: Any, folder: Path) -> None:
             if (tokenizer := getattr(pipeline, name, None)) is not None:
                 _write_vocabulary(tokenizer, partial / name)
         if folder.exists():
-            shutil.rmtree(folder)
+            shutil.rmtree(old, ignore_errors=True)
+            folder.replace(old)
         partial.replace(folder)
-    except OSError as error:
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        if old.exists() and not folder.exists():
+            old.replace(folder)
+        reason = getattr(error, "strerror", None) or error
         raise OutputError(
-            f"the model cannot be written to {folder}: {error.strerror or error}; make room, and add --resume"
+            f"the model cannot be written to {folder}: {reason}; make room, and add --resume"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

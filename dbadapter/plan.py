@@ -24,6 +24,7 @@ from dbadapter.loggers import check_logger
 from dbadapter.optimizers import check_optimizer
 from dbadapter.photographs import Photograph, find_photographs
 from dbadapter.preparation import picture_sizes
+from dbadapter.prior import check_sizes
 from dbadapter.prompts import resolve
 from dbadapter.run_folder import RunFolder
 
@@ -55,13 +56,14 @@ class Plan:
     finished: bool
 
 
-def plan(config: TrainConfig, device: torch.device | None = None) -> Plan:
+def plan(config: TrainConfig, device: torch.device | None = None, processes: int = 1) -> Plan:
     """Check a configuration against photographs, folders, base and checkpoints, and write nothing.
 
     What is possible but unwise becomes a warning, see `advice`.
 
     Args:
         device: where the base goes; None picks CUDA where it is, else the CPU.
+        processes: how many share the run.
     Raises:
         ConfigError, UsageError, DataError, BaseError, OutputError: what is wrong, and the cure.
         TrainingError: the checkpoint to resume from is broken.
@@ -78,6 +80,11 @@ def plan(config: TrainConfig, device: torch.device | None = None) -> Plan:
         )
     if config.class_data_dir is not None:
         find_photographs(config.class_data_dir)
+        if config.class_data_dir.samefile(config.instance_data_dir):
+            raise UsageError(
+                f"{config.class_data_dir} holds the subject's photographs, which cannot be the class's as "
+                "well: pass another --class-data-dir, or leave it out"
+            )
     folder.check(config.instance_data_dir, overwrite=config.overwrite, resume=config.resume)
     target = pick_device() if device is None else device
     in_half = not config.full and pick_precision(target, config.mixed_precision or "auto") == "bf16"
@@ -95,7 +102,8 @@ def plan(config: TrainConfig, device: torch.device | None = None) -> Plan:
     if resolved.class_data_dir is not None:
         check_manifest(resolved.class_data_dir, base, resolved)
     sizes = picture_sizes(resolved, base, photographs)
-    identity = checkpoint.run_identity(resolved, base, photographs)
+    check_sizes(resolved, sizes)
+    identity = checkpoint.run_identity(resolved, base, photographs, processes)
     snapshot, finished = _resumed(resolved, folder, identity)
     if not finished:
         for message in advice(resolved, base.family, photographs, sizes):
@@ -109,24 +117,27 @@ def _resumed(
     """Return the newest checkpoint, if the run is to go on from it, and whether it is finished."""
     if not config.resume:
         return None, False
-    total = int(config.max_train_steps or 0)
-    if (path := checkpoint.newest(folder.checkpoints)) is None:
-        if not folder.finished:
-            return None, False
-        if folder.steps_logged == total:
-            return None, True
+    total, path = int(config.max_train_steps or 0), checkpoint.newest(folder.checkpoints)
+    snapshot = None if path is None else checkpoint.read(path)
+    done = folder.finished
+    if done is not None:
+        checkpoint.check_same_run(done.identity, identity)
+    if snapshot is not None:
+        checkpoint.check_same_run(snapshot.identity, identity)
+    steps = max(done.steps if done else 0, snapshot.step if snapshot else 0)
+    if done is not None and done.steps == total == steps:
+        return snapshot, True
+    if done is not None and snapshot is None:
         raise OutputError(
-            f"{folder.path} holds a finished run of {folder.steps_logged} steps and no checkpoint to go on "
+            f"{folder.path} holds a finished run of {done.steps} steps and no checkpoint to go on "
             "from; pass --overwrite to start anew"
         )
-    snapshot = checkpoint.read(path)
-    checkpoint.check_same_run(snapshot, identity)
-    if snapshot.step > total:
+    if steps > total:
         raise UsageError(
-            f"{folder.path} has {snapshot.step} steps already; to go on pass --max-train-steps above that"
+            f"{folder.path} has {steps} steps already; to go on pass --max-train-steps above that"
         )
     # A run that was stopped between its last step and its file is finished by --resume.
-    return snapshot, snapshot.step == total and folder.finished
+    return snapshot, False
 
 
 def _check_compiler(device: torch.device) -> None:

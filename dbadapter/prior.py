@@ -21,7 +21,7 @@ from dbadapter.class_images import class_images
 from dbadapter.conditioning import Conditioning, encode_prompts, predict, unconditional
 from dbadapter.config import TrainConfig
 from dbadapter.data import LatentCache
-from dbadapter.errors import BaseError
+from dbadapter.errors import BaseError, UsageError
 from dbadapter.lora import adapters_off
 from dbadapter.photographs import find_photographs, load_crop
 
@@ -54,6 +54,31 @@ class Prior:
     teacher: Conditioning | None
 
 
+def check_sizes(config: TrainConfig, sizes: Sequence[tuple[int, int]]) -> None:
+    """Pass if there will be a class picture of each shape that the photographs have.
+
+    Raises:
+        UsageError: there are more shapes than class pictures.
+    """
+    drawn = config.prior == "generated" or (config.prior == "distill" and config.prior_source == "sampled")
+    shapes, count = list(dict.fromkeys(sizes)), int(config.num_class_images or 0)
+    if drawn and config.class_data_dir is None and count < len(shapes):
+        named = ", ".join(f"{width}x{height}" for width, height in shapes)
+        raise UsageError(
+            f"{count} class images are fewer than the photographs' {len(shapes)} shapes ({named}); pass "
+            f"--num-class-images {len(shapes)} or more, or --no-aspect-ratio-buckets"
+        )
+
+
+def _in_turn(sizes: Sequence[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """Return that many of the sizes in turn, each different one before any comes again."""
+    repeated = list(sizes)
+    for size in (first := list(dict.fromkeys(sizes))):
+        repeated.remove(size)
+    order = [*first, *repeated]
+    return [order[index % len(order)] for index in range(count)]
+
+
 def generated_prior(
     base: Base, config: TrainConfig, sizes: Sequence[tuple[int, int]], folder: Path, progress: Progress
 ) -> Prior:
@@ -68,7 +93,7 @@ def generated_prior(
     if config.class_data_dir is not None:
         return Prior(_folder_cache(base, config, sizes), None)
     count = _required(config.num_class_images)
-    wanted = [sizes[index % len(sizes)] for index in range(count)]
+    wanted = _in_turn(sizes, count)
     pictures = class_images(base, config, wanted, folder, progress)
     crops = [load_crop(picture, size) for picture, size in zip(pictures, wanted, strict=True)]
     return Prior(LatentCache.encode(base.vae, crops), None)
@@ -100,7 +125,7 @@ def distill_prior(
     latents = sample_class_latents(
         base,
         str(config.class_prompt),
-        [sizes[index % len(sizes)] for index in range(count)],
+        _in_turn(sizes, count),
         seed=config.seed,
         progress=progress,
     )

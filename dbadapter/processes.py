@@ -7,13 +7,16 @@ the number of the sample in the whole step), gradients are averaged, and only th
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from dbadapter.errors import TrainingError
 
 __all__ = ["Processes", "local_device", "processes"]
 
@@ -41,7 +44,8 @@ class Processes:
     def wait(self) -> None:
         """Wait until all have come here."""
         if self.count > 1:
-            _state().wait_for_everyone()
+            with _others():
+                _state().wait_for_everyone()
 
     def average(self, values: Tensor) -> Tensor:
         """Return the mean over all processes, the same on each."""
@@ -49,14 +53,19 @@ class Processes:
             return values
         from accelerate.utils import reduce
 
-        mean: Tensor = reduce(values, reduction="mean")
+        with _others():
+            mean: Tensor = reduce(values, reduction="mean")
         return mean
 
     def mean(self, value: float) -> float:
         """Return the mean of a number over all processes, the same on each."""
         if self.count == 1:
             return value
-        return float(self.average(torch.tensor(value, device=_state().device)))
+        return float(self.average(torch.tensor(float(value), device=_state().device)))
+
+    def agree(self, value: float) -> bool:
+        """Return whether the number is the same in all processes."""
+        return self.mean(abs(value - self.mean(value))) == 0
 
     def average_gradients(self, parameters: Sequence[nn.Parameter], bucket: int = 2**25) -> None:
         """Replace every gradient by its mean over all processes.
@@ -67,13 +76,15 @@ class Processes:
         if self.count == 1:
             return
         pending: list[Tensor] = []
+        numbers = 0
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             pending.append(parameter.grad)
-            if sum(gradient.numel() for gradient in pending) > bucket:
+            numbers += parameter.numel()
+            if numbers > bucket:
                 self._average(pending)
-                pending = []
+                pending, numbers = [], 0
         if pending:
             self._average(pending)
 
@@ -82,6 +93,18 @@ class Processes:
         parts = flat.split([gradient.numel() for gradient in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    """Say in one line that a process ended which this one was waiting for."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise TrainingError(
+            f"another process of this run has ended; what it says beside this is the cause ({reason})"
+        ) from error
 
 
 def processes() -> Processes:

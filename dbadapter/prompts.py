@@ -78,7 +78,7 @@ def caption_of(photograph: Photograph, config: TrainConfig) -> str | None:
 
 
 def _check_caption(photograph: Photograph, config: TrainConfig, base: Base) -> None:
-    caption, file = caption_of(photograph, config), photograph.path.with_suffix(".txt")
+    caption, file = caption_of(photograph, config), f"{photograph.path.with_suffix('')}.txt"
     if caption is None:
         return
     if re.search(rf"(?<!\w){re.escape(config.identifier)}(?!\w)", caption, re.IGNORECASE) is None:

@@ -8,10 +8,21 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from dbadapter.errors import OutputError
 
-__all__ = ["RunFolder", "write_text"]
+__all__ = ["Finished", "RunFolder", "write_text"]
+
+
+class Finished(NamedTuple):
+    """A complete run: its steps, and what a run must share to be the same, see `checkpoint.run_identity`."""
+
+    steps: int
+    identity: Mapping[str, Any]
+
+
+_CUT_SHORT = 2**63  # the step of a metrics line that is none
 
 
 @dataclass
@@ -73,20 +84,25 @@ class RunFolder:
         return self.path / "class_images"
 
     @property
-    def finished(self) -> bool:
-        """Whether the run is complete, and not a run before it: its model card is written last."""
-        if self._earlier.is_dir():  # of a run that was cut before it had anything to show
-            return False
-        if not (self.card.exists() and (self.adapter.exists() or self.model.exists())):
-            return False
-        written = self.card.stat().st_mtime_ns
-        return all(path.stat().st_mtime_ns <= written for path in self._own_checkpoints())
+    def finished(self) -> Finished | None:
+        """What the last run noted when it was complete; None if it was cut, or there is none."""
+        # A run aside is one before that which was cut before it had anything to show.
+        results = self.adapter.exists() or (self.model / "model_index.json").exists()
+        if self._earlier.is_dir() or not results:
+            return None
+        try:
+            note = json.loads(self._note.read_text(encoding="utf-8"))
+            return Finished(int(note["steps"]), dict(note["identity"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def finish(self, finished: Finished) -> None:
+        """Note that the run is complete."""
+        write_text(self._note, json.dumps(finished._asdict()) + "\n")
 
     @property
-    def steps_logged(self) -> int:
-        """Steps in the metrics."""
-        history = self.read_metrics() if self.metrics.exists() else []
-        return int(history[-1]["step"] or 0) if history else 0
+    def _note(self) -> Path:
+        return self.path / ".finished.json"
 
     def checkpoint_of(self, step: int) -> Path:
         """The checkpoint of a step, which need not be there."""
@@ -106,6 +122,14 @@ class RunFolder:
                 f"{self.path} holds the photographs, and the run's pictures would mix with them; "
                 "pass another --output-dir"
             )
+        source = instance_data_dir.resolve()
+        for inside in (self.class_images.resolve(), self.samples.resolve()):
+            if source.is_relative_to(inside):
+                raise OutputError(
+                    f"the photographs lie in {inside}, where the run writes pictures of its own; "
+                    "pass another --output-dir"
+                )
+        self._check_kinds()
         present = [path.name for path in self._outputs() if path.exists()]
         if (overwrite or resume) and present and not self._is_run():
             raise OutputError(
@@ -117,6 +141,24 @@ class RunFolder:
             if self._is_run() and not self.finished:
                 cure = f"pass --resume to go on with that run, {cure}"
             raise OutputError(f"{self.path} holds {present[0]} already; {cure}")
+
+    def _check_kinds(self) -> None:
+        folders = {self.model, self.samples, self.checkpoints, self.class_images}
+        for path in self._outputs():
+            if path.exists() and path.is_dir() != (path in folders):
+                kinds = ("a file", "a folder") if path in folders else ("a folder", "a file")
+                raise OutputError(
+                    f"{path} is {kinds[0]}, and the run writes {kinds[1]} there; move it elsewhere"
+                )
+
+    def drop_other_kind(self, *, full: bool) -> None:
+        """Remove what an earlier run of the other kind, adapter or whole model, has left here."""
+        if full:
+            files = (self.adapter, self.best_adapter, *map(self.adapter.with_suffix, (".json", ".png")))
+            for path in files:
+                path.unlink(missing_ok=True)
+        elif (self.model / "model_index.json").exists():
+            shutil.rmtree(self.model, ignore_errors=True)
 
     def start(self, config_toml: str, *, resumed_step: int) -> None:
         """Make the folder, write config.toml, and keep of earlier metrics the steps that stay valid.
@@ -133,6 +175,7 @@ class RunFolder:
             self._put_back()  # of a run that was killed before it had anything of its own
             if not resumed_step:
                 self._set_aside()
+            self._note.unlink(missing_ok=True)
             write_text(self.config, config_toml)
             lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
             write_text(self.metrics, "".join(f"{line}\n" for line in lines if _step(line) <= resumed_step))
@@ -161,8 +204,9 @@ class RunFolder:
             file.writelines(json.dumps(dict(line)) + "\n" for line in lines)
 
     def read_metrics(self) -> list[dict[str, float | int | None]]:
-        """Return the steps so far, those before a resume included."""
-        return [json.loads(line) for line in self.metrics.read_text(encoding="utf-8").splitlines()]
+        """Return the steps so far, those before a resume included; none of a line that was cut short."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
+        return [json.loads(line) for line in lines if _step(line) < _CUT_SHORT]
 
     def give_up(self) -> None:
         """Leave the folder so that the next run, or --resume, finds all that this one has saved."""
@@ -201,7 +245,7 @@ class RunFolder:
         return [path for path in found if path.stem[5:].isdigit() and len(path.stem) >= 11]
 
     def _set_aside(self) -> None:
-        files = [path for path in (self.config, self.metrics) if path.exists()]
+        files = [path for path in (self.config, self.metrics, self._note) if path.exists()]
         present = [*files, *self._own_checkpoints(), *self.samples.glob("step-*")]
         for path in present:
             target = self._earlier / path.relative_to(self.path)
@@ -256,4 +300,4 @@ def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 2**63
+        return _CUT_SHORT

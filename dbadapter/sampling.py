@@ -28,6 +28,7 @@ __all__ = [
     "check_pictures_folder",
     "generate_pictures",
     "grid",
+    "is_ours",
     "lora_tags",
     "parameters_text",
     "save_pictures",
@@ -247,7 +248,7 @@ def save_pictures(pictures: Sequence[Picture], folder: str | Path, overwrite: bo
             written.append(folder / GRID_NAME)
             write_png(_pictures_grid(pictures), written[-1])
         for path in folder.iterdir():
-            if _NUMBERED.fullmatch(path.name) and path not in written and _is_ours(path):
+            if _NUMBERED.fullmatch(path.name) and path not in written and is_ours(path):
                 path.unlink()
     except OSError as error:
         raise OutputError(
@@ -360,7 +361,8 @@ def _is_output_name(name: str) -> bool:
     return name == GRID_NAME or _NUMBERED.fullmatch(name) is not None
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
+    """Tell whether a file is a PNG that this module wrote."""
     try:
         with Image.open(path) as image:
             return f"Generator: {GENERATOR}" in str(image.info.get("parameters", ""))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dbadapter import checkpoint
-from dbadapter.batches import Batch, batches, validation_batches
+from dbadapter.batches import Batch, batches, to_device, validation_batches
 from dbadapter.checkpoint import Best, Snapshot
 from dbadapter.conditioning import encode, predict
 from dbadapter.config import TrainConfig
@@ -27,7 +27,7 @@ from dbadapter.plan import Plan, plan
 from dbadapter.preparation import Run, prepare
 from dbadapter.prior import teacher_prediction
 from dbadapter.processes import Processes, local_device, processes
-from dbadapter.run_folder import RunFolder
+from dbadapter.run_folder import Finished, RunFolder
 from dbadapter.sampling import save_pictures
 from dbadapter.speed import hand_back_freed_memory, keep_freed_memory, peak_memory_mb, use_tensor_cores
 
@@ -85,10 +85,12 @@ def batch_losses(run: Run, batch: Batch) -> Losses:
             wanted = torch.cat([wanted[:ours], teacher_prediction(run.teacher, *theirs).to(wanted.dtype)])
         # 3. The model that learns, with the prompts' embeddings by its own text encoders.
         if run.conditioning is not None:
-            conditioning = run.conditioning.of(batch.prompts)
+            conditioning = run.conditioning.of(to_device(batch.prompts, base.device))
         else:
-            used, places = torch.unique(batch.prompts, return_inverse=True)
-            conditioning = encode(base, tuple(ids[used] for ids in run.prompt_ids)).of(places)
+            prompts, places = torch.unique(batch.prompts, return_inverse=True)
+            used = to_device(prompts, base.device)
+            encoded = encode(base, tuple(ids[used] for ids in run.prompt_ids))
+            conditioning = encoded.of(to_device(places, base.device))
         model_pred = predict(base.unet, x_t, batch.timesteps, conditioning, batch.time_ids)
     # 4. The loss, both terms weighted per sample.
     weights = None
@@ -133,18 +135,21 @@ def train(
     with ExitStack() as stack:
         if ours.is_main:
             stack.enter_context(only_run(config.output_dir))
-        found = plan(config, device=local_device())
+        found = plan(config, device=local_device(), processes=ours.count)
+        at = -1 if found.finished else found.snapshot.step if found.snapshot is not None else 0
+        if not ours.agree(at):  # it also waits until all have seen the folder as it was
+            raise OutputError(
+                f"the processes see different states of {config.output_dir}: put it on a disk that all share"
+            )
         if found.finished:
             return finished_result(found.config, found.folder, time.perf_counter() - start)
-        ours.wait()  # all have seen the folder as it was
-        folder, trained = (
-            found.folder,
-            _learn(found, started_at, ours, report, on_log or (lambda figures: None)),
-        )
+        folder, identity = found.folder, found.identity
+        trained = _learn(found, started_at, ours, report, on_log or (lambda figures: None))
         del found  # the models, before the samples' base is loaded
         hand_back_freed_memory(trained.device)
         if ours.is_main:
             write_results(trained, folder, report)
+            folder.finish(Finished(trained.made.steps, identity))
         ours.wait()
         return result_of(trained, folder, time.perf_counter() - start)
 
@@ -160,13 +165,14 @@ def _learn(
     if ours.is_main:
         folder.start(config.to_toml(), resumed_step=snapshot.step if snapshot else 0)
     ours.wait()
-    logger = make_logger(
-        config.logger if ours.is_main else "none",
-        folder.path,
-        dataclasses.asdict(config),
-        first_step=snapshot.step if snapshot else 0,
-    )
+    logger: Logger | None = None
     try:
+        logger = make_logger(
+            config.logger if ours.is_main else "none",
+            folder.path,
+            dataclasses.asdict(config),
+            first_step=snapshot.step if snapshot else 0,
+        )
         run = prepare(
             config, base, found.photographs, class_folder=folder.class_images, processes=ours, progress=report
         )
@@ -179,7 +185,8 @@ def _learn(
             folder.give_up()
         raise
     finally:
-        logger.close()
+        if logger is not None:
+            logger.close()
     made = Made(
         config=config,
         base_name=base.name,
@@ -220,7 +227,7 @@ def _loop(
                     lines[-1]["validation_loss"] = value = run.processes.mean(validation_loss(run))
                     best = Best(run.step, value) if best is None or value < best.loss else best
                 # A copy of a whole model's state every few steps would cost more than the steps.
-                if saving or not config.full:
+                if run.processes.is_main and (saving or not config.full):
                     state = (run.parameters, run.optimizer, run.scaler, found.identity, best)
                     good = checkpoint.capture(run.step, *state)
                 if run.processes.is_main:

@@ -266,3 +266,19 @@ def test_hub_id_is_read_from_the_cache_offline(hub_cache: Path) -> None:
     assert (base.name, base.family) == ("someone/tiny", "sd1")
     with pytest.raises(BaseError, match=r"base someone/other: .* cannot be fetched from the hub"):
         load_base("someone/other")
+
+
+def test_a_tokenizer_without_vocabulary_is_refused(tiny_base_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
+    for name in ("vocab.json", "tokenizer.json"):
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(BaseError, match="tokenizer has no vocabulary"):
+        load_base(str(folder), device="cpu")
+
+
+def test_a_width_that_is_no_number_is_refused(tiny_base_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_base_folder, tmp_path / "base"))
+    path = folder / "text_encoder/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": "wide"}))
+    with pytest.raises(BaseError, match="no hidden_size"):
+        load_base(str(folder), device="cpu")

@@ -16,7 +16,7 @@ from dbadapter import class_images as module
 from dbadapter.base import Base
 from dbadapter.class_images import MANIFEST, check_manifest, class_images
 from dbadapter.config import TrainConfig
-from dbadapter.errors import DataError
+from dbadapter.errors import DataError, OutputError
 from dbadapter.prior import generated_prior
 
 PROMPT = "a photo of a dog"
@@ -138,3 +138,14 @@ def test_pictures_of_another_run_are_refused_for_another_base_or_prompt(
         tiny_base.unet.conv_out.weight.add_(1)
     with pytest.raises(DataError, match="made with base_fingerprint"):
         check_manifest(folder, tiny_base, config)
+
+
+def test_a_picture_of_somebody_else_is_never_replaced(
+    config: TrainConfig, tiny_base: Base, tmp_path: Path
+) -> None:
+    mine = tmp_path / "0000.png"
+    Image.new("RGB", (8, 8)).save(mine)
+    before = mine.read_bytes()
+    with pytest.raises(OutputError, match="no class picture of dbadapter's"):
+        class_images(tiny_base, config, [(32, 32)], tmp_path, lambda *_: None)
+    assert mine.read_bytes() == before

@@ -18,6 +18,7 @@ from dbadapter.base import Base, load_base
 from dbadapter.batches import batches
 from dbadapter.conditioning import encode_prompts, predict, unconditional
 from dbadapter.config import TrainConfig
+from dbadapter.errors import UsageError
 from dbadapter.lora import adapters_off, apply
 from dbadapter.training import batch_losses, train, train_step, validation_loss
 
@@ -255,3 +256,14 @@ def test_validation_loss_repeats(config: TrainConfig, bases: dict[str, Path], tm
     assert validation_loss(run) == first
     train_step(run, 0)
     assert validation_loss(run) != first
+
+
+@pytest.mark.parametrize("settings", [{"prior": "generated"}, {"prior_source": "sampled"}])
+def test_every_shape_gets_a_class_picture(
+    config: TrainConfig, tmp_path: Path, settings: dict[str, str]
+) -> None:
+    photographs = write_photographs(tmp_path / "shapes", ((48, 48), (48, 48), (80, 40)))
+    config = replace(config, instance_data_dir=photographs, **settings)
+    with pytest.raises(UsageError, match="1 class images are fewer than the photographs' 2 shapes"):
+        train(replace(config, num_class_images=1))
+    assert train(replace(config, num_class_images=2)).steps == 2

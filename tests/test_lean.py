@@ -91,3 +91,13 @@ def test_text_encoders_learn_the_same(dtype: torch.dtype) -> None:
         hidden.float().square().mean().backward()
         gradients.append(model.embeddings.token_embedding.weight.grad)
     assert torch.equal(*gradients)
+
+
+def test_blocks_that_scale_between_norm_and_activation_are_left_as_they_are() -> None:
+    config = json.loads((toybox.folder() / "unet/config.json").read_text())
+    torch.manual_seed(0)
+    unet: Any = UNet2DConditionModel.from_config(config | {"resnet_time_scale_shift": "scale_shift"})
+    inject(unet, None, rank=2)
+    before = step(unet, torch.float32)
+    keep_less(unet)
+    assert torch.equal(step(unet, torch.float32), before)

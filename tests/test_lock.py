@@ -166,3 +166,8 @@ def test_a_parent_that_is_a_file_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"), only_run(tmp_path / "file" / "a" / "out"):
         pass
+
+
+def test_the_root_of_the_file_system_is_refused() -> None:
+    with pytest.raises(OutputError, match="file system's root"), only_run(Path("/")):
+        pass

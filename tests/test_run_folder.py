@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dbadapter.errors import OutputError
-from dbadapter.run_folder import RunFolder
+from dbadapter.run_folder import Finished, RunFolder
 
 CONFIG = 'instance_data_dir = "photos"\n'
 
@@ -72,8 +72,8 @@ def test_resume_of_a_killed_run_is_not_taken_for_the_run_before_it(
     earlier: RunFolder, photographs: Path
 ) -> None:
     """The adapter and the card in the folder are the earlier run's still; nothing is moved yet."""
-    earlier.card.write_text("earlier")
-    assert earlier.finished
+    earlier.finish(Finished(2, {}))
+    assert earlier.finished == Finished(2, {})
     earlier.start(CONFIG, resumed_step=0)
     before = set(earlier.path.rglob("*"))
     killed = RunFolder(earlier.path, earlier.name)
@@ -94,3 +94,44 @@ def test_a_new_folder_is_taken_away_again(tmp_path: Path) -> None:
     run.start(CONFIG, resumed_step=0)
     run.give_up()
     assert not run.path.exists()
+
+
+def test_a_finished_run_keeps_its_note_until_the_next_starts(earlier: RunFolder) -> None:
+    earlier.finish(Finished(2, {"seed": 1}))
+    earlier.start(CONFIG, resumed_step=2)
+    assert earlier.finished is None
+
+
+def test_metrics_pass_over_a_line_that_was_cut_short(earlier: RunFolder) -> None:
+    with earlier.metrics.open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert [line["step"] for line in earlier.read_metrics()] == [1, 2]
+    earlier.metrics.unlink()
+    assert earlier.read_metrics() == []
+
+
+@pytest.mark.parametrize("name", ["samples", "checkpoints", "class_images"])
+def test_a_file_where_a_folder_is_written_is_refused_before_the_run(
+    tmp_path: Path, photographs: Path, name: str
+) -> None:
+    run = RunFolder(tmp_path / "out", "subject")
+    run.path.mkdir()
+    (run.path / name).write_text("mine")
+    with pytest.raises(OutputError, match=f"{name} is a file, and the run writes a folder there"):
+        run.check(photographs, overwrite=True, resume=False)
+
+
+@pytest.mark.parametrize("inside", ["class_images", "samples/mine"])
+def test_photographs_in_a_folder_of_the_run_are_refused(earlier: RunFolder, inside: str) -> None:
+    (earlier.path / inside).mkdir(parents=True)
+    with pytest.raises(OutputError, match="the photographs lie in"):
+        earlier.check(earlier.path / inside, overwrite=True, resume=False)
+
+
+def test_the_other_kind_of_result_goes(earlier: RunFolder) -> None:
+    earlier.drop_other_kind(full=True)
+    assert not earlier.adapter.exists()
+    earlier.model.mkdir()
+    (earlier.model / "model_index.json").write_text("{}")
+    earlier.drop_other_kind(full=False)
+    assert not earlier.model.exists()

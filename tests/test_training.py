@@ -187,6 +187,7 @@ def test_run_leaves_what_it_promises(config: TrainConfig) -> None:
         "samples",
         "checkpoints",
         "README.md",
+        ".finished.json",
     }
     assert list(dict.fromkeys(stages)) == ["class latents", "train", "samples"]
     assert (result.steps, result.adapter_path) == (4, out / "out.safetensors")
@@ -410,3 +411,38 @@ def test_previews_are_drawn_on_the_way(config: TrainConfig) -> None:
 def test_short_prompts_make_the_default_samples(config: TrainConfig) -> None:
     result = train(replace(config, validation_prompt=(), max_train_steps=1))
     assert len(result.sample_paths) == 5  # four places and the grid
+
+
+def test_a_finished_run_is_known_whatever_its_checkpoints_are(config: TrainConfig) -> None:
+    train(replace(config, max_train_steps=2))
+    longer = replace(config, resume=True, checkpointing_steps=0)
+    first = train(longer)
+    before = first.adapter_path.read_bytes()
+    again = train(longer)
+    assert (again.finished_before, again.steps) == (True, 4)
+    assert again.adapter_path.read_bytes() == before
+    for path in config.output_dir.glob("checkpoints/*"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="seed was 0, is 7"):
+        train(replace(longer, seed=7))
+
+
+def test_class_pictures_are_those_of_another_folder(config: TrainConfig) -> None:
+    settings = replace(config, prior="generated", class_data_dir=config.instance_data_dir)
+    with pytest.raises(UsageError, match="cannot be the class's as well"):
+        train(settings)
+
+
+def test_captions_may_end_in_capitals(config: TrainConfig, tmp_path: Path) -> None:
+    (config.instance_data_dir / "0.TXT").write_text("a photo of {identifier} {class} in snow")
+    result = train(replace(config, max_train_steps=2))
+    assert train(replace(config, max_train_steps=2, resume=True)).finished_before
+    assert result.steps == 2
+
+
+def test_a_logger_that_fails_leaves_nothing(config: TrainConfig) -> None:
+    config.output_dir.mkdir()
+    (config.output_dir / "logs").write_text("mine")
+    with pytest.raises((OutputError, UsageError)):
+        train(replace(config, logger="tensorboard"))
+    assert [path.name for path in config.output_dir.iterdir()] == ["logs"]
