@@ -126,6 +126,7 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def of(x: Tensor, *frozen: Any) -> Tensor:
+        """Return the function's value; every subclass says which."""
         raise NotImplementedError
 
     @classmethod
