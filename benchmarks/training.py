@@ -248,10 +248,12 @@ def _without_places(word: str, places: Mapping[str, str]) -> str:
     return f'"{word}"' if " " in word else word
 
 
-def _pictures(work: Path, source: Path, count: int, resolution: int) -> tuple[Path, Path]:
+def _pictures(work: Path, source: Path, count: int, resolution: int, batch: int) -> tuple[Path, Path]:
     """Return a folder of the photographs alone, and one of class pictures: soft blots, of the right size.
 
-    Their script reads every file of a folder; what a picture shows changes neither time nor memory.
+    Their script reads every file of a folder; what a picture shows changes neither time nor memory. It ends
+    each pass over the photographs with the batch that is left of them, where ours goes on with the next pass:
+    of 5 photographs by 4 every second step of theirs would be a step of one. So whole batches are taken.
     """
     from dbadapter.errors import DataError
     from dbadapter.photographs import find_photographs
@@ -264,7 +266,12 @@ def _pictures(work: Path, source: Path, count: int, resolution: int) -> tuple[Pa
     for folder in (instances, classes):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-    for photograph in photographs:
+    if len(photographs) < batch:
+        raise click.UsageError(
+            f"{source} has {len(photographs)} photographs, fewer than --train-batch-size {batch}: pass a "
+            "smaller one"
+        )
+    for photograph in photographs[: len(photographs) // batch * batch]:
         shutil.copyfile(photograph, instances / photograph.name)
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -362,7 +369,8 @@ def main(
         side = 64 if name == "toybox" else resolution or (512 if on_gpu else 256)
         count = class_pictures or (4 if name == "toybox" else 1)
         folder = _base(name, work)
-        instances, classes = _pictures(work, instance_data_dir or example.folder, count, side)
+        size = batch or BATCHES[name]
+        instances, classes = _pictures(work, instance_data_dir or example.folder, count, side, size)
         job = Job(
             base=name,
             folder=folder,
@@ -372,7 +380,7 @@ def main(
             pictures=count,
             noun=class_noun or example.class_noun,
             resolution=side,
-            batch=batch or BATCHES[name],
+            batch=size,
             script=peer_script.resolve(),
             work=work,
             threads=threads,

@@ -27,6 +27,7 @@ def advice(
         sizes: (width, height) that the photographs are cropped to.
     """
     yield from _rates(config, family)
+    yield from _ignored(config, family)
     for name, prompt in (("instance", config.instance_prompt), ("class", config.class_prompt)):
         if prompt is not None and config.class_noun not in prompt:
             yield f"the {name} prompt {prompt!r} does not say {config.class_noun!r}: set --{name}-prompt"
@@ -61,6 +62,33 @@ def _rates(config: TrainConfig, family: str) -> Iterator[str]:
             f"a learning rate of {rate:g} is one for an adapter, it breaks a model that is trained whole: "
             f"this base's usual is {usual:g}"
         )
+
+
+def _ignored(config: TrainConfig, family: str) -> Iterator[str]:
+    """Yield the settings that were changed and that another setting makes meaningless."""
+    preset, own = PRESETS[family], config.class_data_dir is not None
+    drawn = not own and (config.prior == "generated" or config.prior_source == "sampled")
+    without_text = not config.train_text_encoder
+    # (field, what it would be if it had not been set, whether it does nothing, why)
+    rows: list[tuple[str, object, bool, str]] = [
+        (name, getattr(preset, name), config.prior == "none", "--prior none")
+        for name in ("prior_loss_weight", "prior_source", "num_class_images")
+    ]
+    rows += [
+        ("prior_source", preset.prior_source, config.prior == "generated", "--prior generated"),
+        ("prior_source", preset.prior_source, own, "--class-data-dir"),
+        ("num_class_images", preset.num_class_images, own, "--class-data-dir"),
+        ("num_class_images", preset.num_class_images, not drawn, "--prior-source instance"),
+        ("text_encoder_rank", config.rank, without_text, "--no-train-text-encoder"),
+    ]
+    usual = preset.full_text_encoder_learning_rate if config.full else preset.text_encoder_learning_rate
+    usual = 1.0 if config.optimizer == "prodigy" else usual
+    rows.append(("text_encoder_learning_rate", usual, without_text, "--no-train-text-encoder"))
+    told = set[str]()
+    for name, default, idle, why in rows:
+        if idle and getattr(config, name) != default and name not in told:
+            told.add(name)
+            yield f"--{name.replace('_', '-')} {getattr(config, name)} does nothing with {why}: leave it out"
 
 
 def _small(photographs: Sequence[Photograph], sizes: Sequence[tuple[int, int]]) -> Iterator[str]:

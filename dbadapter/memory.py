@@ -51,7 +51,8 @@ class Estimate:
     """What a run takes at its peak, in units of 2**20 bytes.
 
     Args:
-        frozen_mb: weights that are not trained, of the models that stay while training, as they lie then.
+        frozen_mb: weights that are not trained, of the models that stay while training, as they lie then;
+            with `full` the teacher's too.
         trainable_mb: trained weights, their gradients and the optimizer's state.
         activations_mb: what a step takes on top of both at its peak, without gradient accumulation.
         encode_mb: the VAE's activations while the photographs are encoded.
@@ -118,6 +119,9 @@ def estimate(
     trainable = sum(p.numel() * (p.element_size() * 2 + _MOMENT_BYTES[optimizer]) for p in trained)
     staying = (*models, vae) if previews else (unet, *(text_encoders if train_text_encoder else ()))
     frozen = _bytes(p for model in staying for p in model.parameters() if not p.requires_grad)
+    if prior == "distill" and all(parameter.requires_grad for parameter in unet.parameters()):
+        # Trained whole, the UNet has no adapter to turn off: the teacher is a copy from before.
+        frozen += sum(parameter.numel() for parameter in unet.parameters()) * DTYPES[precision].itemsize
 
     encoders = text_encoders if train_text_encoder else ()
     teacher = batch_samples if prior == "distill" else 0

@@ -268,15 +268,22 @@ def _preview(run: Run, folder: RunFolder, logger: Logger) -> None:
 def _looked_at(
     run: Run, pending: Sequence[tuple[Tensor, float]], good: Snapshot | None
 ) -> list[dict[str, float | int | None]]:
-    """Return the steps' lines of the metrics; stop at a loss that is not finite."""
+    """Return the steps' lines of the metrics; stop at a loss that is not finite, or at endless overflow."""
     first = run.step - len(pending)
     rows = run.processes.average(torch.stack([values for values, _ in pending])).tolist()
     lines: list[dict[str, float | int | None]] = []
+    kept = "start again" if good is None else f"add --resume to go on from step {good.step}"
+    if (
+        run.scaler.is_enabled() and run.scaler.get_scale() < 1
+    ):  # it began at 65,536 and halves at each overflow
+        raise TrainingError(
+            f"the gradients overflow in fp16 at step {run.step}, however small the loss is scaled: pass "
+            f"--mixed-precision bf16 or no, and {kept}"
+        )
     for number, (row, (_, seconds)) in enumerate(zip(rows, pending, strict=True), start=first + 1):
         # In fp16 a gradient may overflow: the scaler skips that step and goes on with a smaller scale.
         checked = row[:3] if run.precision == "fp16" else row
         if not all(math.isfinite(value) for value in checked):
-            kept = "start again" if good is None else f"add --resume to go on from step {good.step}"
             raise TrainingError(
                 f"the loss is not finite at step {number}: lower --learning-rate (it is "
                 f"{run.config.learning_rate:g}) or pass --mixed-precision no, and {kept}"

@@ -100,6 +100,7 @@ def open_session(path: str | Path, providers: Sequence[str] | None = None) -> An
         onnxruntime.preload_dlls()  # CUDA and cuDNN lie in torch's folders, where the loader does not look
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: the warnings are about its own graph passes
+    options.intra_op_num_threads = torch.get_num_threads()  # OMP_NUM_THREADS counts for both libraries
     if not Path(path).is_file():
         raise BaseError(f"ONNX model {path} is missing; export it again")
     try:

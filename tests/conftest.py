@@ -1,4 +1,4 @@
-"""Bases for tests: a tiny random one in Stable Diffusion 1's own layout. No network, two threads at most."""
+"""Bases for tests: a tiny random one in Stable Diffusion 1's own layout. No network, a thread a worker."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # before torch is imported; threads that compete are many times slower
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from dbadapter.base import Base

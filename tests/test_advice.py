@@ -20,7 +20,14 @@ def said(photographs: list[Photograph] = LARGE, family: str = "sd1", **options: 
 
 
 @pytest.mark.parametrize("family", ["toybox", "sd1", "sd2", "sdxl"])
-@pytest.mark.parametrize("options", [{}, {"full": True}, {"optimizer": "prodigy"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"full": True}, {"optimizer": "prodigy"}, {"train_text_encoder": False}),
+        *({"prior": "none"}, {"prior": "generated"}, {"prior_source": "sampled"}),
+        {"train_text_encoder": False, "full": True},
+    ],
+)
 def test_nothing_to_say_of_the_presets(family: str, options: dict[str, Any]) -> None:
     assert said(family=family, **options) == []
 
@@ -31,6 +38,14 @@ def test_nothing_to_say_of_the_presets(family: str, options: dict[str, Any]) -> 
         ({"learning_rate": 5e-6}, "5e-06 is one for full fine-tuning, an adapter hardly moves with it"),
         ({"full": True, "learning_rate": 1e-4}, "0.0001 is one for an adapter, it breaks a model"),
         ({"lr_warmup_steps": 500}, "500 steps of warm-up are as many as the run's 500"),
+        ({"prior": "none", "num_class_images": 50}, "--num-class-images 50 does nothing with --prior none"),
+        ({"prior": "none", "prior_loss_weight": 0.5}, "--prior-loss-weight 0.5 does nothing"),
+        ({"prior": "generated", "prior_source": "sampled"}, "does nothing with --prior generated"),
+        ({"num_class_images": 50}, "--num-class-images 50 does nothing with --prior-source instance"),
+        ({"class_data_dir": Path("dogs"), "num_class_images": 50}, "does nothing with --class-data-dir"),
+        ({"class_data_dir": Path("dogs"), "prior_source": "sampled"}, "--prior-source sampled does nothing"),
+        ({"train_text_encoder": False, "text_encoder_rank": 4}, "does nothing with --no-train-text-encoder"),
+        ({"train_text_encoder": False, "text_encoder_learning_rate": 1e-3}, "0.001 does nothing"),
         ({"masked_loss": True}, "4 of 4 photographs have no mask, e.g. 0.jpg"),
     ],
 )

@@ -113,7 +113,7 @@ def test_generate_writes_pictures(tmp_path: Path, tiny_base_folder: Path) -> Non
 
 
 def test_train_says_what_it_made(train_words: list[str | Path], tmp_path: Path) -> None:
-    words = [*train_words, "--max-train-steps", "2", "--num-class-images", "2", "--rank", "2"]
+    words = [*train_words, "--max-train-steps", "2", "--rank", "2"]
     result = run(*words)
     assert result.exit_code == 0, result.stderr
     assert result.stderr == ""
@@ -161,7 +161,7 @@ def test_warnings_are_one_line(train_words: list[str | Path]) -> None:
 def test_signals_end_a_run_cleanly(
     train_words: list[str | Path], tmp_path: Path, number: int, cause: str, code: int
 ) -> None:
-    words = [*train_words, "--max-train-steps", "1000000", "--num-class-images", "2"]
+    words = [*train_words, "--max-train-steps", "1000000"]
     command = [sys.executable, "-m", "dbadapter", *map(str, words)]
     process = subprocess.Popen(
         command,

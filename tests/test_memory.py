@@ -155,6 +155,8 @@ def test_a_whole_model_is_trainable() -> None:
     found = asked(whole=True, precision="bf16", previews=True)
     assert found.trainable_mb == pytest.approx(16 * sum(weights[:2]) / 2**20)
     assert found.frozen_mb == pytest.approx(2 * weights[2] * 2 / 2**20)  # the VAE stays float32
+    teacher = asked(whole=True, precision="bf16", previews=True, prior="distill").frozen_mb - found.frozen_mb
+    assert teacher == pytest.approx(2 * weights[0] / 2**20)
     # The gradients grow while the activations go: their sum is more than either alone.
     gradients = found.trainable_mb / 4
     adapter = asked(precision="bf16").activations_mb

@@ -375,6 +375,20 @@ def test_loss_that_is_not_finite(config: TrainConfig, monkeypatch: pytest.Monkey
     assert train(replace(config, resume=True, learning_rate=1e-3)).steps == 4
 
 
+def test_fp16_that_overflows_for_ever(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The scaler skips step after step: without this the run would end well, with nothing learned."""
+    original = training.train_step
+
+    def stepping(run: Run, number: int) -> torch.Tensor:
+        values = original(run, number)
+        run.scaler = torch.amp.GradScaler("cpu", init_scale=0.5)
+        return values
+
+    monkeypatch.setattr(training, "train_step", stepping)
+    with pytest.raises(TrainingError, match=r"overflow in fp16 at step 2.*bf16 or no, and start again"):
+        train(config)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
