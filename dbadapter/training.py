@@ -273,9 +273,8 @@ def _looked_at(
     rows = run.processes.average(torch.stack([values for values, _ in pending])).tolist()
     lines: list[dict[str, float | int | None]] = []
     kept = "start again" if good is None else f"add --resume to go on from step {good.step}"
-    if (
-        run.scaler.is_enabled() and run.scaler.get_scale() < 1
-    ):  # it began at 65,536 and halves at each overflow
+    # The scale began at 65,536 and halves at each overflow.
+    if run.scaler.is_enabled() and run.scaler.get_scale() < 1:
         raise TrainingError(
             f"the gradients overflow in fp16 at step {run.step}, however small the loss is scaled: pass "
             f"--mixed-precision bf16 or no, and {kept}"
