@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dbadapter import keys
 from dbadapter.errors import AdapterError
 
-__all__ = ["Adapter", "LoraWeights", "adaptable_layers", "check_fits", "delta", "fitted"]
+__all__ = ["Adapter", "LoraWeights", "adaptable_layers", "check_fits", "delta", "fitted", "same_family"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ def check_fits(
     Raises:
         AdapterError: it does not fit; the message gives the reason and the first layer concerned.
     """
-    if base_family is not None and not _same_family(adapter.family, base_family):
+    if base_family is not None and not same_family(adapter.family, base_family):
         raise AdapterError(
             f"The adapter is for a base of family {adapter.family}, this base is {base_family}: "
             f"use it with a {adapter.family} base"
@@ -143,6 +143,15 @@ def check_fits(
     present = {component: model for component, model in models.items() if model is not None}
     layers = {name: layer for c, model in present.items() for name, layer in _layers(model, c)}
     _check_layers(adapter.modules, layers)
+
+
+def same_family(one: str, other: str) -> bool:
+    """Tell whether two families are one, so that names and shapes decide.
+
+    toybox is a small SD1, so a copy of it counts as sd1; "unknown" may be any.
+    """
+    similar = {"toybox": "sd1"}
+    return "unknown" in (one, other) or similar.get(one, one) == similar.get(other, other)
 
 
 def _check_layers(modules: Mapping[str, LoraWeights], layers: Mapping[str, nn.Module]) -> None:
@@ -160,12 +169,6 @@ def _check_layers(modules: Mapping[str, LoraWeights], layers: Mapping[str, nn.Mo
                 f"The adapter does not fit this base: at {name} {error}; "
                 "use it with the base that it was trained on"
             ) from None
-
-
-def _same_family(one: str, other: str) -> bool:
-    """Tell whether names and shapes may decide. toybox is a small SD1, so a copy of it counts as sd1."""
-    similar = {"toybox": "sd1"}
-    return "unknown" in (one, other) or similar.get(one, one) == similar.get(other, other)
 
 
 def _layers(model: nn.Module, component: str) -> Iterator[tuple[str, nn.Module]]:

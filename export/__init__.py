@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dbadapter.export.runtime import load_onnx_pipeline
+from dbadapter.export.pipeline import OnnxPipeline, load_onnx_pipeline
 from dbadapter.export.to_onnx import export_onnx
+from dbadapter.export.verify import verify
 
-__all__ = ["export_onnx", "load_onnx_pipeline"]
+__all__ = ["OnnxPipeline", "export_onnx", "load_onnx_pipeline", "verify"]

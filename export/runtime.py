@@ -1,24 +1,20 @@
-"""ONNX Runtime under diffusers: sessions, IO binding, providers, drop-in modules for its pipelines."""
+"""ONNX Runtime: providers, sessions, and one session's calls with torch's own memory bound to them."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dbadapter.errors import BaseError, UsageError
 
-__all__ = ["REPORT_NAME", "load_onnx_pipeline", "open_session", "pick_providers", "run_session"]
+__all__ = ["Runner", "open_session", "pick_providers"]
 
-REPORT_NAME = "export_report.json"
-COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 _TORCH_TYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -31,43 +27,6 @@ _NUMPY_TYPES = {
     torch.int32: np.int32,
     torch.int64: np.int64,
 }
-
-
-def load_onnx_pipeline(folder: str | Path, providers: Sequence[str] | None = None) -> Any:
-    """Return a diffusers StableDiffusionPipeline whose models run in ONNX Runtime.
-
-    It is called like any other: `pipeline("a photo of sks dog").images`. Latents and sampler stay float32
-    whatever the graphs' precision, so a seed starts from the same noise as in torch.
-
-    Args:
-        folder: as `export_onnx` writes it.
-        providers: ONNX Runtime's execution providers, the wished one first; None means CUDA where it is, else
-            the CPU.
-    Raises:
-        BaseError: the folder is no ONNX export, or a part of it is missing or broken.
-        UsageError: a provider that this installation of ONNX Runtime has not.
-    """
-    import diffusers
-
-    folder = Path(folder)
-    index = _check_folder(folder)
-    names = pick_providers(providers)
-    sessions = {name: open_session(folder / name / "model.onnx", names) for name in COMPONENTS}
-    try:
-        pipeline = diffusers.StableDiffusionPipeline(
-            **_models(folder, sessions),
-            scheduler=getattr(diffusers, index["scheduler"][1]).from_pretrained(folder / "scheduler"),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    except Exception as error:  # third-party loaders raise anything on a broken file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseError(f"{folder}: the ONNX export cannot be loaded ({reason}); export it again") from error
-    pipeline.register_to_config(_name_or_path=str(folder))
-    pipeline.family = _family(folder)  # `generate_pictures` takes its guidance scale by it
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
 
 
 def pick_providers(wish: Sequence[str] | None = None) -> list[str]:
@@ -110,45 +69,76 @@ def open_session(path: str | Path, providers: Sequence[str] | None = None) -> An
         raise BaseError(f"ONNX model {path} cannot be loaded ({reason}); export it again") from error
 
 
-def run_session(
-    session: Any, inputs: Mapping[str, Tensor], output_shapes: Mapping[str, Sequence[int]]
-) -> dict[str, Tensor]:
-    """Run a session without copies: torch's own memory is bound for inputs and outputs.
+class Runner:
+    """One session, called without copies: torch's memory is bound for inputs and outputs.
+
+    A swappable graph's factors are bound once, when they change, and stay bound from call to call. What is
+    not bound takes the graph's default: no adapter.
 
     Args:
-        inputs: by name, any dtype and device; cast and moved to what the session takes.
-        output_shapes: of the outputs to compute.
-    Returns:
-        The outputs by name, in the graph's dtypes, on the session's device.
+        session: an ONNX Runtime session.
+
+    Attributes:
+        inputs, outputs: name -> dtype; inputs with the factors.
+        factor_shapes: input name of a factor -> dimensions, a word for the free rank; empty if merged.
     """
-    device = session_device(session)
-    binding = session.io_binding()
-    bound = []  # keeps the memory alive until the run is over
-    for entry in session.get_inputs():
-        tensor = inputs[entry.name].detach().to(device, _TORCH_TYPES[entry.type]).contiguous()
-        bound.append(tensor)
-        binding.bind_input(
-            entry.name,
-            device.type,
-            device.index or 0,
-            _NUMPY_TYPES[tensor.dtype],
-            tuple(tensor.shape),
-            tensor.data_ptr(),
-        )
-    outputs = {}
-    for entry in session.get_outputs():
-        if entry.name not in output_shapes:
-            continue
-        shape = tuple(output_shapes[entry.name])
-        tensor = torch.empty(shape, dtype=_TORCH_TYPES[entry.type], device=device)
-        binding.bind_output(
-            entry.name, device.type, device.index or 0, _NUMPY_TYPES[tensor.dtype], shape, tensor.data_ptr()
-        )
-        outputs[entry.name] = tensor
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()  # ONNX Runtime works on a stream of its own
-    session.run_with_iobinding(binding)
-    return outputs
+
+    def __init__(self, session: Any) -> None:
+        self.session = session
+        free = session.get_overridable_initializers()  # inputs that have a default
+        self.inputs = {entry.name: _TORCH_TYPES[entry.type] for entry in (*session.get_inputs(), *free)}
+        self.outputs = {entry.name: _TORCH_TYPES[entry.type] for entry in session.get_outputs()}
+        self.factor_shapes = {entry.name: tuple(entry.shape) for entry in free}
+        self.device = session_device(session)
+        self._factors: dict[str, Tensor] = {}
+        self._binding = session.io_binding()
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """The adapter's factors that are bound, on the session's device; do not change them in place."""
+        return dict(self._factors)
+
+    def set_factors(self, factors: Mapping[str, Tensor]) -> None:
+        """Bind these factors in place of all earlier ones; none is no adapter.
+
+        Args:
+            factors: input name -> value, of shapes that fit (see `adapters.check_fits_graph`).
+        """
+        # A new binding: an input that was bound once cannot be given back to its default.
+        self._binding = self.session.io_binding()
+        self._factors = {name: self._placed(name, value) for name, value in factors.items()}
+        for name, value in self._factors.items():
+            self._bind(name, value)
+
+    def __call__(
+        self, inputs: Mapping[str, Tensor], output_shapes: Mapping[str, Sequence[int]]
+    ) -> dict[str, Tensor]:
+        """Run the session and return its outputs, in the graph's dtype on its device.
+
+        Args:
+            inputs: by name, any dtype and device; cast and moved to what the session takes.
+            output_shapes: of the outputs to return.
+        """
+        bound = {name: self._placed(name, value) for name, value in inputs.items()}
+        for name, value in bound.items():
+            self._bind(name, value)
+        outputs = {}
+        for name, shape in output_shapes.items():
+            outputs[name] = torch.empty(tuple(shape), dtype=self.outputs[name], device=self.device)
+            self._bind(name, outputs[name], output=True)
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime works on a stream of its own
+        self.session.run_with_iobinding(self._binding)
+        self._binding.clear_binding_outputs()
+        return outputs
+
+    def _placed(self, name: str, value: Tensor) -> Tensor:
+        return value.detach().to(self.device, self.inputs[name]).contiguous()
+
+    def _bind(self, name: str, value: Tensor, *, output: bool = False) -> None:
+        bind = self._binding.bind_output if output else self._binding.bind_input
+        kind = _NUMPY_TYPES[value.dtype]
+        bind(name, self.device.type, self.device.index or 0, kind, tuple(value.shape), value.data_ptr())
 
 
 def session_device(session: Any) -> torch.device:
@@ -158,191 +148,3 @@ def session_device(session: Any) -> torch.device:
         if session.get_providers()[0] == "CUDAExecutionProvider"
         else torch.device("cpu")
     )
-
-
-class _OnnxModule(nn.Module):
-    """What a diffusers pipeline asks of any of its models."""
-
-    def __init__(self, session: Any, config: Any) -> None:
-        super().__init__()
-        self.session = session
-        self.config = config
-
-    @property
-    def device(self) -> torch.device:
-        """Where the session computes; `pipeline.to` does not move it."""
-        return session_device(self.session)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Always float32: a half-precision graph is fed and read through casts."""
-        return torch.float32
-
-
-class OnnxUNet(_OnnxModule):
-    """In place of UNet2DConditionModel."""
-
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor | float,
-        encoder_hidden_states: Tensor,
-        timestep_cond: Tensor | None = None,
-        cross_attention_kwargs: Mapping[str, Any] | None = None,
-        added_cond_kwargs: Mapping[str, Any] | None = None,
-        return_dict: bool = True,
-    ) -> Any:
-        """Return the prediction like UNet2DConditionModel.forward.
-
-        Raises:
-            UsageError: a latent side does not halve evenly as often as the UNet needs, or an input that the
-                exported graph has not.
-        """
-        extras = {"timestep_cond": timestep_cond, "added_cond_kwargs": added_cond_kwargs}
-        extras["cross_attention_kwargs"] = cross_attention_kwargs or None
-        if unknown := [name for name, value in extras.items() if value is not None]:
-            raise UsageError(
-                f"the exported UNet has no input {', '.join(unknown)}; export with the adapter merged"
-            )
-        multiple = 2 ** (len(self.config.block_out_channels) - 1)
-        if sample.shape[-2] % multiple or sample.shape[-1] % multiple:
-            raise UsageError(
-                f"latents must be a multiple of {multiple} high and wide for this ONNX model, got "
-                f"{sample.shape[-2]} x {sample.shape[-1]}; choose another height and width"
-            )
-        inputs = {
-            "sample": sample,
-            "timestep": torch.as_tensor(timestep),
-            "encoder_hidden_states": encoder_hidden_states,
-        }
-        shape = (sample.shape[0], self.config.out_channels, *sample.shape[2:])
-        out = run_session(self.session, inputs, {"out_sample": shape})["out_sample"].float()
-        return SimpleNamespace(sample=out) if return_dict else (out,)
-
-
-class OnnxTextEncoder(_OnnxModule):
-    """In place of CLIPTextModel."""
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        output_hidden_states: bool = False,
-        return_dict: bool = True,
-    ) -> Any:
-        """Return last_hidden_state and pooler_output like CLIPTextModel.forward.
-
-        Raises:
-            UsageError: an attention mask or the hidden states (clip_skip) are asked for.
-        """
-        if attention_mask is not None or output_hidden_states:
-            raise UsageError(
-                "the exported text encoder has neither attention mask nor hidden states (clip_skip)"
-            )
-        width, shape = self.config.hidden_size, tuple(input_ids.shape)
-        wanted = {"last_hidden_state": (*shape, width), "pooler_output": (shape[0], width)}
-        outputs = run_session(self.session, {"input_ids": input_ids}, wanted)
-        values = tuple(outputs[name].float() for name in wanted)
-        return _ModelOutput(**dict(zip(wanted, values, strict=True))) if return_dict else values
-
-
-class OnnxVae(_OnnxModule):
-    """In place of AutoencoderKL."""
-
-    def __init__(self, decoder: Any, encoder: Any, config: Any) -> None:
-        super().__init__(decoder, config)
-        self.encoder_session = encoder
-
-    def decode(self, latents: Tensor, return_dict: bool = True, generator: Any = None) -> Any:
-        """Return pixels in [-1, 1] like AutoencoderKL.decode; `generator` is unused there too."""
-        batch, _, height, width = latents.shape
-        factor = self._factor()
-        shape = (batch, self.config.out_channels, height * factor, width * factor)
-        out = run_session(self.session, {"latent_sample": latents}, {"sample": shape})["sample"].float()
-        return SimpleNamespace(sample=out) if return_dict else (out,)
-
-    def encode(self, sample: Tensor, return_dict: bool = True) -> Any:
-        """Return the distribution of the latents like AutoencoderKL.encode.
-
-        Raises:
-            UsageError: the sides are no multiple of the VAE's factor.
-        """
-        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-
-        batch, _, height, width = sample.shape
-        factor = self._factor()
-        if height % factor or width % factor:
-            raise UsageError(
-                f"pictures must be a multiple of {factor} pixels high and wide, got {width} x {height}"
-            )
-        shape = (batch, 2 * self.config.latent_channels, height // factor, width // factor)
-        outputs = run_session(self.encoder_session, {"sample": sample}, {"latent_parameters": shape})
-        distribution = DiagonalGaussianDistribution(outputs["latent_parameters"].float())
-        return SimpleNamespace(latent_dist=distribution) if return_dict else (distribution,)
-
-    def _factor(self) -> int:
-        return int(2 ** (len(self.config.block_out_channels) - 1))
-
-
-class _ModelOutput(dict[str, Tensor]):
-    """A model's outputs by name, as attribute, or by position, as transformers gives them."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def __getitem__(self, key: Any) -> Any:
-        return list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
-
-
-def _check_folder(folder: Path) -> dict[str, Any]:
-    """Return model_index.json of an ONNX folder, or raise BaseError that says what is wrong with it."""
-    path = folder / "model_index.json"
-    if not path.is_file():
-        raise BaseError(
-            f"{folder} is no ONNX export: it has no model_index.json; pass what export --onnx wrote"
-        )
-    missing = [name for name in COMPONENTS if not (folder / name / "model.onnx").is_file()]
-    if missing:
-        raise BaseError(
-            f"{folder} is no whole ONNX export: {missing[0]}/model.onnx is missing; export it with "
-            "dbadapter export --onnx --output-dir FOLDER"
-        )
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(index["scheduler"][1], str):
-            raise TypeError("scheduler names no class")
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise BaseError(f"{path} cannot be read ({error}); export the model again") from error
-    checked: dict[str, Any] = index
-    return checked
-
-
-def _family(folder: Path) -> str:
-    """Return the family of the exported base; "" if the report is lost: the models run without it."""
-    try:
-        family = json.loads((folder / REPORT_NAME).read_text(encoding="utf-8"))["base"]["family"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-    return str(family)
-
-
-def _models(folder: Path, sessions: Mapping[str, Any]) -> dict[str, Any]:
-    from transformers import CLIPTextConfig, CLIPTokenizer
-
-    text_config = CLIPTextConfig.from_pretrained(folder / "text_encoder")
-    return {
-        "vae": OnnxVae(sessions["vae_decoder"], sessions["vae_encoder"], _config(folder / "vae_decoder")),
-        "text_encoder": OnnxTextEncoder(sessions["text_encoder"], text_config),
-        "tokenizer": CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        "unet": OnnxUNet(sessions["unet"], _config(folder / "unet")),
-    }
-
-
-def _config(folder: Path) -> Any:
-    """Return config.json with its entries as attributes, as diffusers' own models have it."""
-    from diffusers.configuration_utils import FrozenDict
-
-    return FrozenDict(json.loads((folder / "config.json").read_text(encoding="utf-8")))

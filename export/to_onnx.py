@@ -1,15 +1,15 @@
-"""Merged export to ONNX: adapters added into the weights, four graphs, a folder that three pipelines load."""
+"""Export to ONNX: adapters merged into the weights, or as inputs that are swapped; a folder that others load."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,27 +19,54 @@ import torch
 from torch import Tensor
 
 from dbadapter import lora
-from dbadapter.adapter import Adapter, adaptable_layers
+from dbadapter.adapter import Adapter, LoraWeights, adaptable_layers, fitted
 from dbadapter.base import Base
-from dbadapter.errors import ExportError, OutputError, UsageError
+from dbadapter.errors import ConfigError, ExportError, OutputError, UsageError
 from dbadapter.export import parity
-from dbadapter.export.graphs import (
-    DTYPES,
-    SCALING_FACTOR,
-    Graph,
-    Sizes,
-    component_graphs,
-    example_inputs,
+from dbadapter.export.adapters import mixed, onnx_adapter, write_onnx_adapter
+from dbadapter.export.graphs import DTYPES, Graph, component_graphs, example_inputs, traced_sizes
+from dbadapter.export.layout import (
+    check_output,
+    check_space,
+    folder_bytes,
+    publish,
+    write_json,
+    write_layout,
 )
-from dbadapter.export.runtime import REPORT_NAME
+from dbadapter.export.pipeline import REPORT_NAME
+from dbadapter.export.swappable import attach_defaults, live_inputs
+from dbadapter.speed import peak_memory_mb
 
-__all__ = ["OPSET", "export_onnx", "merged"]
+__all__ = ["OPSET", "TARGETS", "export_onnx", "merged"]
 
 # At opset 23 and its Attention operator, ONNX Runtime no longer finds the GroupNorm fusions.
 OPSET = 20
+TARGETS = ("portable", "cuda")
+# What adapters of ours, and of most others, change.
+SWAPPABLE_LAYERS = ("attention", "feed-forward")
 _PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is exported, and how: the arguments of `export_onnx`, checked."""
+
+    base: Base
+    adapters: Mapping[Adapter, float]
+    dtype: str
+    target: str
+    layers: tuple[str, ...]  # the swappable ones' targets; none for a merged export
+    prompt: str
+    progress: Progress
+
+    @property
+    def compared(self) -> Mapping[Adapter, float]:
+        """The adapters that the gate turns on; without any, one that every layer would show."""
+        return self.adapters or {
+            parity.synthetic_adapter(self.base, targets=self.layers or ("attention",)): 1.0
+        }
 
 
 def export_onnx(
@@ -48,56 +75,72 @@ def export_onnx(
     output_dir: str | Path,
     *,
     dtype: str = "float32",
+    swappable: bool = False,
+    layers: Sequence[str] = (),
+    target: str = "portable",
     overwrite: bool = False,
     prompt: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write the base with the adapters merged into it as an ONNX folder, checked against torch.
+    """Write the base with its adapters as an ONNX folder, checked against torch.
 
-    The folder loads in `load_onnx_pipeline`, in diffusers' OnnxStableDiffusionPipeline, and in optimum-onnx's
-    ORTStableDiffusionPipeline. It appears whole or not at all. (diffusers' has the VAE factor 8 in its code:
-    for a 64-pixel picture of toybox, whose factor is 4, ask it for 128.)
+    The folder loads in `load_onnx_pipeline` and `OnnxPipeline`, in diffusers' OnnxStableDiffusionPipeline, and
+    in optimum-onnx's ORTStableDiffusionPipeline and ORTStableDiffusionXLPipeline. It appears whole or not at
+    all. (diffusers' has the VAE factor 8 in its code: for a 64-pixel picture of toybox, whose factor is 4, ask
+    it for 128.)
 
     Args:
         base: with float32 weights; they are bit for bit as they were afterwards.
-        adapters: file or Adapter -> weight, all of them merged: W + sum of weight * (alpha / rank) * B A.
+        adapters: file or Adapter -> weight. Merged: W + sum of weight * (alpha / rank) * B A. Swappable:
+            the files are written into the folder's `adapters/`, and nothing of them into the graphs.
         output_dir: the folder to write.
-        dtype: "float32", or "float16" for half the size (the VAE still computes in float32).
+        dtype: "float32"; "float16" for half the size (the VAE still computes in float32); "int8" for weights
+            of UNet and text encoders in 8 bits, for the CPU.
+        swappable: make the adapters' factors inputs of the graphs.
+        layers: of `lora.TARGETS`, the UNet's layers that can be swapped; none means attention and
+            feed-forward, and whatever the given adapters change. Text encoders have their attention.
+        target: "portable", standard operators, or "cuda", fused ones that ONNX Runtime has for GPUs.
         overwrite: replace an earlier export.
         prompt: of the picture that is compared; None means the adapter's own trigger, else "a photo".
         progress: called with (stage, parts done, of how many).
     Returns:
         The report, which is written into the folder as export_report.json.
     Raises:
-        UsageError: an unknown dtype.
+        UsageError: an unknown dtype, target or layer, or such as exclude each other.
         AdapterError: an adapter is broken or does not fit the base.
         OutputError: the folder exists, or the disk has no room for it.
-        ExportError: the base is SDXL, or the export differs from torch by more than the tolerance.
+        ExportError: the export differs from torch by more than the tolerance.
     """
     started = time.perf_counter()
     output_dir = Path(output_dir)
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype must be {' or '.join(DTYPES)}, got {dtype!r}")
-    if base.family == "sdxl":
-        raise ExportError(
-            f"base {base.name} is SDXL, which this version does not export; pass toybox, SD1.x or SD2.x"
-        )
+    _check_words(dtype, target, layers, swappable)
     if base.unet.dtype != torch.float32:
         raise UsageError(f"the base must be loaded in float32 to be exported, got {base.unet.dtype}")
     loaded = _load(base, adapters)
-    _check_output(output_dir, overwrite)
-    _check_space(output_dir, _expected_bytes(base, dtype))
-    prompt = prompt or next(map(_trigger, loaded), None) or "a photo"
+    check_output(output_dir, overwrite)
+    check_space(output_dir, _expected_bytes(base, dtype))
+    job = _Job(
+        base=base,
+        adapters=loaded,
+        dtype=dtype,
+        target=target,
+        layers=_swapped_layers(base, loaded, layers) if swappable else (),
+        prompt=prompt or next(filter(None, map(_trigger, loaded)), None) or "a photo",
+        progress=progress or (lambda stage, done, total: None),
+    )
     place = output_dir.resolve()  # "." has no name of its own
     temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         with _quiet(), _on_cpu(base):
-            report = _export(base, loaded, temporary, dtype, prompt, progress)
-        report = _described(base, adapters, dtype, report)
+            report = _export(job, temporary)
+        if swappable:
+            _write_adapters(adapters, temporary / "adapters", dtype)
+        report = _described(job, adapters, report)
         report["seconds"] = round(time.perf_counter() - started, 1)
-        _write_json(temporary / REPORT_NAME, report)
-        _publish(temporary, place)
+        report["peak_memory_mb"] = round(peak_memory_mb(torch.device("cpu")))
+        write_json(temporary / REPORT_NAME, report)
+        publish(temporary, place)
     except OSError as error:
         raise OutputError(f"{output_dir} cannot be written: {error}; pass another --output-dir") from error
     finally:
@@ -111,7 +154,9 @@ def merged(base: Base, adapters: Mapping[Adapter, float]) -> Iterator[None]:
 
     Only the weights that change are kept aside: for an attention adapter a sixth of a UNet.
     """
-    layers = adaptable_layers(base.unet, "unet") | adaptable_layers(base.text_encoder, "text_encoder")
+    layers = adaptable_layers(base.unet, "unet")
+    for name, model in base.text_encoders.items():
+        layers |= adaptable_layers(model, name)
     changed = {name for adapter in adapters for name in adapter.modules if name in layers}
     weights = {name: layers[name].get_parameter("weight") for name in changed}
     kept = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -125,67 +170,94 @@ def merged(base: Base, adapters: Mapping[Adapter, float]) -> Iterator[None]:
                 weight.copy_(kept[name])
 
 
-def _export(
-    base: Base,
-    adapters: Mapping[Adapter, float],
-    folder: Path,
-    dtype: str,
-    prompt: str,
-    progress: Progress | None,
-) -> dict[str, Any]:
+def _export(job: _Job, folder: Path) -> dict[str, Any]:
     """Write the graphs and everything beside them, run the gate, return its report with sizes and times."""
-    # With no adapter the gate still has to show that it would have seen one.
-    compared = dict(adapters) or {parity.synthetic_adapter(base): 1.0}
-    adapted = parity.adapted_components(compared)
-    without = parity.observe(base, prompt, adapted) if adapters else None
-    seconds = {}
-    with merged(base, adapters):
-        graphs = component_graphs(base, dtype)
+    record = _record(job)
+    entries: dict[str, dict[str, Any]] = {}
+    with merged(job.base, {} if job.layers else job.adapters):
+        graphs = component_graphs(job.base, job.dtype, targets=job.layers, fused=job.target == "cuda")
         for number, graph in enumerate(graphs.values()):
-            began = time.perf_counter()
-            inputs = example_inputs(base, graph.name, _traced_sizes(base), dtype)
-            _convert(graph, inputs, folder / graph.name / "model.onnx")
-            seconds[graph.name] = round(time.perf_counter() - began, 1)
-            if progress:
-                progress("exporting", number + 1, len(graphs))
-        expected = parity.observe(base, prompt)
-    if without is None:
-        with merged(base, compared):
-            without = parity.observe(base, prompt, adapted)
-    _write_layout(base, folder)
-    report = parity.check(
-        base,
-        folder,
-        prompt=prompt,
-        expected=expected,
-        without=without,
-        dtype=dtype,
-        progress=partial(progress, "checking") if progress else None,
-    )
+            entries[graph.name] = _convert(graph, job, folder / graph.name / "model.onnx")
+            job.progress("exporting", number + 1, len(graphs))
+    del graphs
+    write_layout(job.base, folder)
+    record.save(folder / parity.RECORD_NAME)
+    report = parity.check(folder, record, dtype=job.dtype, progress=partial(job.progress, "checking"))
     for name, entry in report["components"].items():
-        entry["bytes"] = _folder_bytes(folder / name)
-        entry["seconds"] = seconds[name]
-    return {"effect_of": "adapters" if adapters else "a synthetic adapter", **report}
+        entry |= {"bytes": folder_bytes(folder / name), **entries[name]}
+    return {"effect_of": "adapters" if job.adapters else "a synthetic adapter", **report}
 
 
-def _convert(graph: Graph, inputs: Mapping[str, Tensor], path: Path) -> None:
-    """Trace one graph with torch's dynamo exporter, pin its names, and save it with its weights beside it."""
+def _record(job: _Job) -> parity.Record:
+    """Ask torch for everything that the gate compares with, without and with the adapters."""
+    base, adapted = job.base, parity.adapted_components(job.compared)
+    inputs = parity.gate_inputs(base)
+    picture = parity.picture_settings(base, job.prompt)
+    compared = ("off", "on") if job.layers else ("on",) if job.adapters else ("off",)
+    without, without_picture = parity.observe(base, inputs, picture, None if "off" in compared else adapted)
+    with merged(base, job.compared):
+        found, found_picture = parity.observe(base, inputs, picture, None if "on" in compared else adapted)
+    factors: dict[str, Tensor] = {}
+    if job.layers:
+        factors = mixed([(_factors(base, adapter), weight) for adapter, weight in job.compared.items()])
+    return parity.Record(
+        inputs,
+        {"off": without, "on": found},
+        {"off": without_picture, "on": found_picture},
+        factors,
+        compared,
+        {**picture, "adapted": list(adapted)},
+    )
+
+
+def _factors(base: Base, adapter: Adapter) -> Mapping[str, Tensor]:
+    """Return the adapter's factors in the shapes of the base's layers."""
+    layers = {}
+    for component, model in {"unet": base.unet, **base.text_encoders}.items():
+        layers |= adaptable_layers(model, component)
+    modules = {
+        name: LoraWeights(*fitted(factors, layers[name]), factors.alpha)
+        for name, factors in adapter.modules.items()
+    }
+    return onnx_adapter(Adapter(adapter.family, modules)).factors
+
+
+def _convert(graph: Graph, job: _Job, path: Path) -> dict[str, Any]:
+    """Trace one graph with torch's dynamo exporter, pin its names, and save it with its weights beside it.
+
+    Returns what the report says of it: seconds, adapter inputs.
+    """
+    began = time.perf_counter()
+    inputs = example_inputs(job.base, graph.name, traced_sizes(job.base), job.dtype)
+    module, arguments, shapes = graph.trace(inputs, DTYPES[job.dtype])
     with torch.no_grad():
         program = torch.onnx.export(
-            graph.module.eval(),
-            tuple(inputs.values()),
+            module,
+            arguments,
             dynamo=True,
             opset_version=OPSET,
-            input_names=list(graph.inputs),
+            input_names=[*graph.inputs, *graph.factors],
             output_names=list(graph.outputs),
-            dynamic_shapes=dict(graph.dynamic_shapes),
+            dynamic_shapes=shapes,
             verbose=False,
         )
     if program is None:
         raise ExportError(f"torch gave no ONNX program for {graph.name}")
     _pin(program.model, graph)
+    entry: dict[str, Any] = {}
+    if graph.layers:
+        attach_defaults(program.model, graph.layers)
+        names = list(graph.factors)
+        live = live_inputs(program.model, names)
+        entry["adapter_inputs"] = {"expected": len(names), "live": live}
+        if live != len(names):
+            raise ExportError(
+                f"the exported {graph.name} reads {live} of its {len(names)} adapter inputs; nothing was "
+                "written. Please report it with the base's configs"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     program.save(path, external_data=True)
+    return {**entry, "seconds": round(time.perf_counter() - began, 1)}
 
 
 def _pin(model: Any, graph: Graph) -> None:
@@ -205,49 +277,53 @@ def _pin(model: Any, graph: Graph) -> None:
             if id(value) not in ends:
                 value.shape = value.type = None
     model.graph.metadata_props.clear()
-    dims = dict(graph.inputs) | dict(graph.outputs)
+    dims = dict(graph.inputs) | dict(graph.outputs) | graph.factors
     for value in [*model.graph.inputs, *model.graph.outputs]:
         value.metadata_props.clear()
         shape = dims[value.name]
         value.shape = None if shape is None else ir.Shape(shape)
 
 
-def _write_layout(base: Base, folder: Path) -> None:
-    """Write configs, tokenizer, scheduler and model_index.json as diffusers and optimum-onnx expect them."""
-    import diffusers
-
-    base.unet.save_config(folder / "unet")
-    for half in ("vae_decoder", "vae_encoder"):
-        base.vae.save_config(folder / half)
-        config = json.loads((folder / half / "config.json").read_text(encoding="utf-8"))
-        _write_json(folder / half / "config.json", config | {"scaling_factor": SCALING_FACTOR})
-    base.text_encoder.config.save_pretrained(folder / "text_encoder")
-    base.scheduler.save_pretrained(folder / "scheduler")
-    _write_tokenizer(base.tokenizer, folder / "tokenizer")
-    models = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
-    index = {
-        "_class_name": "ORTStableDiffusionPipeline",
-        "_diffusers_version": diffusers.__version__,
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
-        "scheduler": ["diffusers", type(base.scheduler).__name__],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        **{name: ["diffusers", "OnnxRuntimeModel"] for name in models},
-    }
-    _write_json(folder / "model_index.json", dict(sorted(index.items())))
+def _check_words(dtype: str, target: str, layers: Sequence[str], swappable: bool) -> None:
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype must be {', '.join(DTYPES)}, got {dtype!r}")
+    if target not in TARGETS:
+        raise UsageError(f"target must be {' or '.join(TARGETS)}, got {target!r}")
+    if unknown := [name for name in layers if name not in lora.TARGETS]:
+        raise UsageError(f"targets must be among {', '.join(lora.TARGETS)}, got {unknown[0]!r}")
+    if layers and not swappable:
+        raise UsageError(
+            "targets name the layers that can be swapped: pass --swappable too, or leave them out"
+        )
+    if dtype == "int8" and target == "cuda":
+        raise UsageError("int8 weights are for the CPU: pass --target portable, or --dtype float16")
 
 
-def _write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Save the tokenizer for transformers 4 too, which ignores the tokenizer.json that 5 writes alone."""
-    tokenizer.save_pretrained(folder)
-    if not (folder / "merges.txt").is_file():
-        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-        pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *pairs, ""]), encoding="utf-8")
-    if not (folder / "vocab.json").is_file():
-        vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1]))
-        (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+def _swapped_layers(base: Base, adapters: Mapping[Adapter, float], wished: Sequence[str]) -> tuple[str, ...]:
+    """Return the targets whose layers are inputs: the wished ones, or the usual and what the adapters change."""
+    every = {name: set(lora.target_layers(base.unet, "unet", [name])) for name in _targets_of(base)}
+    chosen = list(wished) or [name for name in SWAPPABLE_LAYERS if name in every]
+    for name, layers in every.items():
+        changed = any(layers & set(adapter.modules) for adapter in adapters)
+        if changed and name not in chosen:
+            if wished:
+                raise UsageError(
+                    f"an adapter changes {name} layers: add {name} to --targets, or leave it out"
+                )
+            chosen.append(name)
+    return tuple(chosen)
+
+
+def _targets_of(base: Base) -> list[str]:
+    """Return the targets of which the UNet has any layer."""
+    found = []
+    for name in lora.TARGETS:
+        try:
+            lora.target_layers(base.unet, "unet", [name])
+        except ConfigError:
+            continue
+        found.append(name)
+    return found
 
 
 def _load(base: Base, adapters: Mapping[str | os.PathLike[str] | Adapter, float]) -> dict[Adapter, float]:
@@ -267,15 +343,19 @@ def _trigger(adapter: Adapter) -> str | None:
     return f"a photo of {words}" if words else None
 
 
-def _traced_sizes(base: Base) -> Sizes:
-    """Return sizes that differ from each other and from 1, which torch.export would take for a constant."""
-    return Sizes(2, 2 * base.latent_multiple, 3 * base.latent_multiple, 7)
+def _write_adapters(
+    adapters: Mapping[str | os.PathLike[str] | Adapter, float], folder: Path, dtype: str
+) -> None:
+    """Write the given files in ONNX Runtime's own format too."""
+    for adapter in adapters:
+        if not isinstance(adapter, Adapter):
+            kind = "float16" if dtype == "float16" else "float32"
+            write_onnx_adapter(lora.load_adapter(adapter), folder / Path(adapter).stem, dtype=kind)
 
 
 def _described(
-    base: Base,
+    job: _Job,
     adapters: Mapping[str | os.PathLike[str] | Adapter, float],
-    dtype: str,
     report: Mapping[str, Any],
 ) -> dict[str, Any]:
     named = [
@@ -283,9 +363,11 @@ def _described(
         for adapter, weight in adapters.items()
     ]
     return {
-        "base": {"name": base.name, "family": base.family},
+        "base": {"name": job.base.name, "family": job.base.family},
         "adapters": named,
-        "dtype": dtype,
+        "swappable": list(job.layers),
+        "dtype": job.dtype,
+        "target": job.target,
         "opset": OPSET,
         "versions": {name: version(name) for name in _PACKAGES} | {"onnxruntime": _onnxruntime_version()},
         **report,
@@ -299,59 +381,12 @@ def _onnxruntime_version() -> str:
     return str(onnxruntime.__version__)
 
 
-def _check_output(folder: Path, overwrite: bool) -> None:
-    """Raise OutputError unless the folder is absent, empty, or an earlier export that may be replaced."""
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise OutputError(f"{folder} is a file; expected a folder to write: pass another --output-dir")
-    if not any(folder.iterdir()):
-        return
-    if not overwrite:
-        raise OutputError(f"{folder} exists already: pass --overwrite or another --output-dir")
-    if not (folder / REPORT_NAME).is_file():
-        raise OutputError(f"{folder} holds something else than an export of ours: pass another --output-dir")
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    present = next(parent for parent in folder.absolute().parents if parent.exists())
-    free = shutil.disk_usage(present).free
-    if free < needed:
-        raise OutputError(
-            f"{present} has {free / 2**20:.0f} MiB free, the export needs {needed / 2**20:.0f} MiB: "
-            "make room or pass another --output-dir"
-        )
-
-
 def _expected_bytes(base: Base, dtype: str) -> int:
     """Return the bytes of the weights, and a tenth more for the graphs."""
-    parts = {"unet": base.unet, "text_encoder": base.text_encoder, "vae": base.vae}
+    parts = {"unet": base.unet, "vae": base.vae, **base.text_encoders}
     widths = {name: 4 if name == "vae" else DTYPES[dtype].itemsize for name in parts}
     weights = [p.numel() * widths[name] for name, part in parts.items() for p in part.parameters()]
     return int(sum(weights) * 1.1) + 2**24
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    """Rename the finished folder into place; the one it replaces goes away last."""
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    replaced = folder.exists()
-    if replaced:
-        folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except BaseException:
-        if replaced:
-            old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ import click
 
 from dbadapter import __version__
 from dbadapter.cli.group import Group, progress_bars
+from dbadapter.cli.onnx import convert, export
 from dbadapter.cli.options import (
     BASE_HELP,
     FilePath,
@@ -53,10 +53,22 @@ def _load(spec: str, **options: Any) -> Base:
     return load_base(spec, **options)
 
 
+def _onnx_pipeline(folder: Path, weights: dict[Any, float]) -> Any:
+    """Return an exported folder's pipeline with these adapters on."""
+    from dbadapter.export import OnnxPipeline
+
+    pipe = OnnxPipeline(folder)
+    for path in weights:
+        pipe.load_adapter(str(path), path)
+    pipe.set_adapters({str(path): weight for path, weight in weights.items()})
+    return pipe.pipeline
+
+
 @main.command()
 @click.option("--base", metavar="BASE", help=f"{BASE_HELP}  [default: toybox]")
 @prediction_option
-@click.option("--onnx", type=FilePath(), metavar="FOLDER", help="An exported folder instead.")
+@click.option("--onnx", type=FilePath(), metavar="FOLDER",
+              help="An exported folder instead; with --adapter one that was exported with --swappable.")  # fmt: skip
 @adapter_option
 @click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT",
               help="May be given several times.")  # fmt: skip
@@ -92,24 +104,20 @@ def generate(
           --prompt "a photo of sks dog on the beach" --output-dir pictures
     """
     weights = parse_adapters(adapters)
-    if onnx is not None and (base is not None or weights or prediction_type is not None):
-        raise UsageError(
-            "--onnx FOLDER holds base and adapters already: leave out --base, --prediction-type and --adapter"
-        )
+    if onnx is not None and (base is not None or prediction_type is not None):
+        raise UsageError("--onnx FOLDER holds the base already: leave out --base and --prediction-type")
     from dbadapter.sampling import check_pictures_folder, generate_pictures, lora_tags, save_pictures
 
     check_pictures_folder(output_dir, overwrite)
     with progress_bars() as progress:
         if onnx is not None:
-            from dbadapter.export import load_onnx_pipeline
-
-            pipeline = load_onnx_pipeline(onnx)
+            pipeline = _onnx_pipeline(onnx, weights)
         else:
             pipeline = _load(base or TrainConfig.base, prediction_type=prediction_type).pipeline
-        if weights:
-            from dbadapter.lora import apply
+            if weights:
+                from dbadapter.lora import apply
 
-            apply(pipeline, weights)
+                apply(pipeline, weights)
         pictures = generate_pictures(
             pipeline,
             request.pop("prompts"),
@@ -122,49 +130,8 @@ def generate(
     click.echo(f"{number} in {output_dir}, together in {paths[-1]}")
 
 
-@main.command()
-@click.option("--onnx", is_flag=True, default=True, help="The format; the only one so far.")
-@click.option("--base", default=TrainConfig.base, show_default=True, metavar="BASE", help=BASE_HELP)
-@prediction_option
-@adapter_option
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
-              help="Of the exported weights.")  # fmt: skip
-@output_option
-@overwrite_option
-def export(
-    onnx: bool,
-    base: str,
-    prediction_type: str | None,
-    adapters: tuple[str, ...],
-    dtype: str,
-    output_dir: Path,
-    overwrite: bool,
-) -> None:
-    """Export base and adapters, merged, to ONNX.
-
-    Every part is compared with torch, and so is a whole picture; an export that differs is refused.
-
-    \b
-    Example:
-      dbadapter export --onnx --adapter my-dog/my-dog.safetensors --output-dir my-dog-onnx
-    """
-    weights = parse_adapters(adapters)
-    from dbadapter.export import export_onnx
-
-    with progress_bars() as progress:
-        export_onnx(
-            _load(base, prediction_type=prediction_type),
-            weights,
-            output_dir,
-            dtype=dtype,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    click.echo(
-        f"Exported to {output_dir}; the comparison with torch is in {output_dir / 'export_report.json'}"
-    )
-    folder = shlex.quote(str(output_dir))
-    click.echo(f'Try it: dbadapter generate --onnx {folder} --prompt "..." --output-dir pictures')
+main.add_command(export)
+main.add_command(convert)
 
 
 @main.command()
