@@ -88,8 +88,8 @@ class Graph:
         if not self.layers:
             return self.module.eval(), values, dict(self.dynamic_shapes)
         factors = example_factors(self.layers, dtype)
-        # One symbol for all ranks while tracing keeps the exporter from reasoning about hundreds; nothing in the
-        # model relates two layers' ranks, and `factor_dims` names each for itself.
+        # One symbol for all ranks while tracing: nothing in the model relates two layers' ranks; the graph
+        # gets a name for each (`factor_dims`).
         rank = torch.export.Dim("rank")
         shapes += [{0: rank}, {1: rank}] * len(self.layers)
         module = SwappableGraph(self.module, len(values), list(self.layers.values()))

@@ -322,7 +322,7 @@ def _effect(record: Record, name: str) -> float | None:
 
 
 def _is_large(base: Base) -> bool:
-    return sum(parameter.nbytes for parameter in base.unet.parameters()) > LARGE
+    return bool(sum(parameter.nbytes for parameter in base.unet.parameters()) > LARGE)
 
 
 def _picture_side(base: Base) -> int:

@@ -1,4 +1,4 @@
-"""Export to ONNX: adapters merged into the weights, or as inputs that are swapped; a folder that others load."""
+"""Export to ONNX: adapters merged into the weights, or as inputs that are swapped at run time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbadapter import lora
 from dbadapter.adapter import Adapter, LoraWeights, adaptable_layers, fitted
@@ -84,10 +84,10 @@ def export_onnx(
 ) -> dict[str, Any]:
     """Write the base with its adapters as an ONNX folder, checked against torch.
 
-    The folder loads in `load_onnx_pipeline` and `OnnxPipeline`, in diffusers' OnnxStableDiffusionPipeline, and
-    in optimum-onnx's ORTStableDiffusionPipeline and ORTStableDiffusionXLPipeline. It appears whole or not at
-    all. (diffusers' has the VAE factor 8 in its code: for a 64-pixel picture of toybox, whose factor is 4, ask
-    it for 128.)
+    The folder loads in `load_onnx_pipeline` and `OnnxPipeline`, in diffusers' OnnxStableDiffusionPipeline,
+    and in optimum-onnx's ORTStableDiffusionPipeline and ORTStableDiffusionXLPipeline. It appears whole or
+    not at all. (diffusers' has the VAE factor 8 in its code: for a 64-pixel picture of toybox, whose factor
+    is 4, ask it for 128.)
 
     Args:
         base: with float32 weights; they are bit for bit as they were afterwards.
@@ -212,7 +212,7 @@ def _record(job: _Job) -> parity.Record:
 
 def _factors(base: Base, adapter: Adapter) -> Mapping[str, Tensor]:
     """Return the adapter's factors in the shapes of the base's layers."""
-    layers = {}
+    layers: dict[str, nn.Module] = {}
     for component, model in {"unet": base.unet, **base.text_encoders}.items():
         layers |= adaptable_layers(model, component)
     modules = {
@@ -300,7 +300,7 @@ def _check_words(dtype: str, target: str, layers: Sequence[str], swappable: bool
 
 
 def _swapped_layers(base: Base, adapters: Mapping[Adapter, float], wished: Sequence[str]) -> tuple[str, ...]:
-    """Return the targets whose layers are inputs: the wished ones, or the usual and what the adapters change."""
+    """Return the targets whose layers are inputs: the wished, or the usual and what the adapters change."""
     every = {name: set(lora.target_layers(base.unet, "unet", [name])) for name in _targets_of(base)}
     chosen = list(wished) or [name for name in SWAPPABLE_LAYERS if name in every]
     for name, layers in every.items():
