@@ -112,7 +112,7 @@ def test_wrong_calls_are_refused(base: Base, tmp_path: Path) -> None:
         export_onnx(base, {}, tmp_path / "onnx", dtype="int4")
     with pytest.raises(UsageError, match="target must be portable or cuda, got 'tpu'"):
         export_onnx(base, {}, tmp_path / "onnx", target="tpu")
-    with pytest.raises(UsageError, match="targets must be among attention.*got 'head'"):
+    with pytest.raises(UsageError, match=r"targets must be among attention.*got 'head'"):
         export_onnx(base, {}, tmp_path / "onnx", swappable=True, layers=["head"])
     with pytest.raises(UsageError, match="pass --swappable too"):
         export_onnx(base, {}, tmp_path / "onnx", layers=["conv"])

@@ -26,7 +26,13 @@ from dbadapter.adapter_file import write_adapter
 from dbadapter.base import Base, load_base
 from dbadapter.errors import AdapterError, BaseError, ExportError, OutputError, UsageError
 from dbadapter.export import OnnxPipeline, export_onnx, load_onnx_pipeline, verify
-from dbadapter.export.adapters import mixed, onnx_adapter, read_onnx_adapter, write_onnx_adapter
+from dbadapter.export.adapters import (
+    fitted_factors,
+    mixed,
+    onnx_adapter,
+    read_onnx_adapter,
+    write_onnx_adapter,
+)
 from dbadapter.export.parity import RECORD_NAME, TOLERANCE, relative_error, synthetic_adapter
 from dbadapter.export.pipeline import REPORT_NAME
 from dbadapter.lora import TARGETS
@@ -260,10 +266,8 @@ def test_another_checkpoint_of_the_family_is_a_warning(small: Exported, tmp_path
         OnnxPipeline(small.folder).load_adapter("x", tmp_path / "x")
 
 
-def test_a_merged_export_takes_no_adapters(small: Exported, tmp_path: Path) -> None:
+def test_a_merged_export_takes_no_adapters(small: Exported) -> None:
     with pytest.raises(AdapterError, match="has its adapters merged; export the base with --swappable"):
-        from dbadapter.export.adapters import fitted_factors
-
         fitted_factors(onnx_adapter(small.dog), {}, "sd1", "dog")
 
 

@@ -21,8 +21,12 @@ from dbadapter.base import Base, load_base
 from dbadapter.errors import BaseError, OutputError, UsageError
 from dbadapter.export import export_onnx, load_onnx_pipeline
 from dbadapter.export.graphs import SCALING_FACTOR, component_graphs
-from dbadapter.export.parity import EFFECT_OVER_TOLERANCE, TOLERANCE, relative_error, synthetic_adapter
-from dbadapter.export.parity import RECORD_NAME
+from dbadapter.export.parity import (
+    EFFECT_OVER_TOLERANCE,
+    TOLERANCE,
+    relative_error,
+    synthetic_adapter,
+)
 from dbadapter.export.pipeline import REPORT_NAME
 from dbadapter.sampling import Picture, generate_pictures
 
@@ -243,7 +247,7 @@ def test_a_broken_folder_is_named(exported: Exported, tmp_path: Path) -> None:
     for name in COMPONENTS:
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.onnx").write_bytes(b"no model")
-    with pytest.raises(BaseError, match="cannot be read|cannot be loaded"):
+    with pytest.raises(BaseError, match=r"cannot be read|cannot be loaded"):
         load_onnx_pipeline(tmp_path)
     (tmp_path / "model_index.json").write_bytes((exported.folder / "model_index.json").read_bytes())
     with pytest.raises(BaseError, match="cannot be loaded"):
