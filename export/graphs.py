@@ -131,7 +131,10 @@ class UNetGraph(nn.Module):
             text_embeds: SDXL's pooled text (batch, projection_dim).
             time_ids: SDXL's sizes and crops in pixels (batch, 6).
         """
-        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        added = None
+        if text_embeds is not None:
+            # diffusers joins them with sines in float32, and the exporter does not promote a float16 half.
+            added = {"text_embeds": text_embeds.float(), "time_ids": time_ids}
         out: Tensor = self.unet(
             sample, timestep.reshape(-1), encoder_hidden_states, added_cond_kwargs=added, return_dict=False
         )[0]

@@ -23,7 +23,6 @@ __all__ = [
     "attach_defaults",
     "example_factors",
     "factor_dims",
-    "live_inputs",
     "structure_copy",
     "swappable_layers",
 ]
@@ -158,13 +157,3 @@ def attach_defaults(model: Any, layers: Mapping[str, SwappableLayer]) -> None:
         shape = [0 if isinstance(dim, str) else dim for dim in dims]
         value.const_value = ir.tensor(torch.zeros(shape).numpy().astype(value.dtype.numpy()), name=name)
         model.graph.register_initializer(value)
-
-
-def live_inputs(model: Any, names: Sequence[str]) -> int:
-    """Return how many of the graph's inputs with these names some node still reads.
-
-    Args:
-        model: an `onnx_ir.Model`.
-    """
-    wanted = set(names)
-    return sum(1 for value in model.graph.inputs if value.name in wanted and value.uses())

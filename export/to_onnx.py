@@ -33,8 +33,11 @@ from dbadapter.export.layout import (
     write_json,
     write_layout,
 )
+from dbadapter.export.passes import for_cuda, live_inputs
+from dbadapter.export.passes.expand import expand
+from dbadapter.export.passes.int8 import quantize_weights
 from dbadapter.export.pipeline import REPORT_NAME
-from dbadapter.export.swappable import attach_defaults, live_inputs
+from dbadapter.export.swappable import attach_defaults
 from dbadapter.speed import peak_memory_mb
 
 __all__ = ["OPSET", "TARGETS", "export_onnx", "merged"]
@@ -95,11 +98,13 @@ def export_onnx(
             the files are written into the folder's `adapters/`, and nothing of them into the graphs.
         output_dir: the folder to write.
         dtype: "float32"; "float16" for half the size (the VAE still computes in float32); "int8" for weights
-            of UNet and text encoders in 8 bits, for the CPU.
+            of the UNet in 8 bits, for the CPU: a third of the size, and slower.
         swappable: make the adapters' factors inputs of the graphs.
         layers: of `lora.TARGETS`, the UNet's layers that can be swapped; none means attention and
             feed-forward, and whatever the given adapters change. Text encoders have their attention.
-        target: "portable", standard operators, or "cuda", fused ones that ONNX Runtime has for GPUs.
+        target: "portable", standard operators, or "cuda", fused ones that ONNX Runtime has for GPUs. Such a
+            UNet is compared here with its fused nodes spelled out, and marked unverified until `verify` has
+            run on a GPU.
         overwrite: replace an earlier export.
         prompt: of the picture that is compared; None means the adapter's own trigger, else "a photo".
         progress: called with (stage, parts done, of how many).
@@ -182,7 +187,9 @@ def _export(job: _Job, folder: Path) -> dict[str, Any]:
     del graphs
     write_layout(job.base, folder)
     record.save(folder / parity.RECORD_NAME)
-    report = parity.check(folder, record, dtype=job.dtype, progress=partial(job.progress, "checking"))
+    with _portable_twins(folder, job.target) as twins:
+        progress = partial(job.progress, "checking")
+        report = parity.check(folder, record, dtype=job.dtype, models=twins, progress=progress)
     for name, entry in report["components"].items():
         entry |= {"bytes": folder_bytes(folder / name), **entries[name]}
     return {"effect_of": "adapters" if job.adapters else "a synthetic adapter", **report}
@@ -243,12 +250,16 @@ def _convert(graph: Graph, job: _Job, path: Path) -> dict[str, Any]:
         )
     if program is None:
         raise ExportError(f"torch gave no ONNX program for {graph.name}")
-    _pin(program.model, graph)
     entry: dict[str, Any] = {}
+    if graph.attentions:  # before the shapes go, which the passes read
+        entry["fusions"] = for_cuda(program.model, {"MultiHeadAttention": graph.attentions})
+    if job.dtype == "int8" and graph.name == "unet":
+        entry["int8_weights"] = quantize_weights(program.model)
+    _pin(program.model, graph)
     if graph.layers:
         attach_defaults(program.model, graph.layers)
-        names = list(graph.factors)
-        live = live_inputs(program.model, names)
+        names = set(graph.factors)
+        live = len(live_inputs(program.model) & names)
         entry["adapter_inputs"] = {"expected": len(names), "live": live}
         if live != len(names):
             raise ExportError(
@@ -258,6 +269,27 @@ def _convert(graph: Graph, job: _Job, path: Path) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     program.save(path, external_data=True)
     return {**entry, "seconds": round(time.perf_counter() - began, 1)}
+
+
+@contextmanager
+def _portable_twins(folder: Path, target: str) -> Iterator[dict[str, Path]]:
+    """Give component -> a graph that the CPU runs: of a fused UNet the same with its nodes spelled out.
+
+    The CPU provider has no kernels for most fused nodes. The twin reads the weights of the very file.
+    """
+    if target != "cuda":
+        yield {}
+        return
+    import onnx_ir as ir
+
+    path = folder / "unet" / "twin.onnx"
+    model = ir.load(folder / "unet" / "model.onnx")
+    expand(model)
+    ir.save(model, path)
+    try:
+        yield {"unet": path}
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _pin(model: Any, graph: Graph) -> None:
@@ -368,6 +400,7 @@ def _described(
         "swappable": list(job.layers),
         "dtype": job.dtype,
         "target": job.target,
+        **({"cuda": "unverified"} if job.target == "cuda" else {}),
         "opset": OPSET,
         "versions": {name: version(name) for name in _PACKAGES} | {"onnxruntime": _onnxruntime_version()},
         **report,

@@ -26,6 +26,7 @@ from dbadapter.export.passes.skip_group_norm import fuse_skip_group_norm
 from dbadapter.export.passes.skip_layer_norm import fuse_skip_layer_norm
 from dbadapter.export.passes.split_gelu import fuse_bias_split_gelu
 
+pytestmark = pytest.mark.xdist_group("graph passes")  # their exports are made once, not once a worker
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
 FLOAT, HALF = torch.float32, torch.float16
 # An export takes ten seconds or more: by default each family once, and each type.

@@ -11,7 +11,7 @@ Measured on toybox, max |difference| / max |output| over three inputs, two pictu
     27.7 MB            (26.1 MB: nearly all of it is the embedding)
 
 So the UNet holds a floor of 1e-2, and toybox's text encoder does not, for 6 percent of its size: leave it as
-it is. Only size is won: a step takes 1.3 times as long or more. `accuracy_level` 4 (activations in 8 bits
+it is. Only size is won: a step takes 1.3 to 1.7 times as long. `accuracy_level` 4 (activations in 8 bits
 too) is no faster in the UNet and doubles the error.
 """
 
