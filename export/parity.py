@@ -356,7 +356,7 @@ def _refuse(what: str, measure: str, error: float, tolerance: float | None, effe
     if tolerance is not None and error > tolerance:
         raise ExportError(
             f"{what} differs from torch: {measure} {error:.2g}, allowed is {tolerance:.2g}; nothing was "
-            "written. Take a wider dtype than int8 or float16; in float32 please report it with the base's configs"
+            "written. Take a wider dtype, or, if it is float32, please report it with the base's configs"
         )
     threshold = 0.0 if tolerance is None else EFFECT_OVER_TOLERANCE * min(error, tolerance)
     if effect is not None and (effect <= 0 or effect < threshold):
