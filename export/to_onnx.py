@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from dbadapter import lora
 from dbadapter.adapter import Adapter, LoraWeights, adaptable_layers, fitted
 from dbadapter.base import Base
-from dbadapter.errors import ConfigError, ExportError, OutputError, UsageError
+from dbadapter.errors import ConfigError, OutputError, UsageError
 from dbadapter.export import parity
 from dbadapter.export.adapters import mixed, onnx_adapter, write_onnx_adapter
-from dbadapter.export.graphs import DTYPES, Graph, component_graphs, example_inputs, traced_sizes
+from dbadapter.export.graphs import DTYPES, component_graphs
 from dbadapter.export.layout import (
     check_output,
     check_space,
@@ -33,17 +33,13 @@ from dbadapter.export.layout import (
     write_json,
     write_layout,
 )
-from dbadapter.export.passes import for_cuda, live_inputs
 from dbadapter.export.passes.expand import expand
-from dbadapter.export.passes.int8 import quantize_weights
 from dbadapter.export.pipeline import REPORT_NAME
-from dbadapter.export.swappable import attach_defaults
+from dbadapter.export.tracing import OPSET, convert
 from dbadapter.speed import peak_memory_mb
 
-__all__ = ["OPSET", "TARGETS", "export_onnx", "merged"]
+__all__ = ["TARGETS", "export_onnx", "merged"]
 
-# At opset 23 and its Attention operator, ONNX Runtime no longer finds the GroupNorm fusions.
-OPSET = 20
 TARGETS = ("portable", "cuda")
 # What adapters of ours, and of most others, change.
 SWAPPABLE_LAYERS = ("attention", "feed-forward")
@@ -182,7 +178,7 @@ def _export(job: _Job, folder: Path) -> dict[str, Any]:
     with merged(job.base, {} if job.layers else job.adapters):
         graphs = component_graphs(job.base, job.dtype, targets=job.layers, fused=job.target == "cuda")
         for number, graph in enumerate(graphs.values()):
-            entries[graph.name] = _convert(graph, job, folder / graph.name / "model.onnx")
+            entries[graph.name] = convert(graph, job.base, job.dtype, folder / graph.name / "model.onnx")
             job.progress("exporting", number + 1, len(graphs))
     del graphs
     write_layout(job.base, folder)
@@ -229,48 +225,6 @@ def _factors(base: Base, adapter: Adapter) -> Mapping[str, Tensor]:
     return onnx_adapter(Adapter(adapter.family, modules)).factors
 
 
-def _convert(graph: Graph, job: _Job, path: Path) -> dict[str, Any]:
-    """Trace one graph with torch's dynamo exporter, pin its names, and save it with its weights beside it.
-
-    Returns what the report says of it: seconds, adapter inputs.
-    """
-    began = time.perf_counter()
-    inputs = example_inputs(job.base, graph.name, traced_sizes(job.base), job.dtype)
-    module, arguments, shapes = graph.trace(inputs, DTYPES[job.dtype])
-    with torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            arguments,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[*graph.inputs, *graph.factors],
-            output_names=list(graph.outputs),
-            dynamic_shapes=shapes,
-            verbose=False,
-        )
-    if program is None:
-        raise ExportError(f"torch gave no ONNX program for {graph.name}")
-    entry: dict[str, Any] = {}
-    if graph.attentions:  # before the shapes go, which the passes read
-        entry["fusions"] = for_cuda(program.model, {"MultiHeadAttention": graph.attentions})
-    if job.dtype == "int8" and graph.name == "unet":
-        entry["int8_weights"] = quantize_weights(program.model)
-    _pin(program.model, graph)
-    if graph.layers:
-        attach_defaults(program.model, graph.layers)
-        names = set(graph.factors)
-        live = len(live_inputs(program.model) & names)
-        entry["adapter_inputs"] = {"expected": len(names), "live": live}
-        if live != len(names):
-            raise ExportError(
-                f"the exported {graph.name} reads {live} of its {len(names)} adapter inputs; nothing was "
-                "written. Please report it with the base's configs"
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    program.save(path, external_data=True)
-    return {**entry, "seconds": round(time.perf_counter() - began, 1)}
-
-
 @contextmanager
 def _portable_twins(folder: Path, target: str) -> Iterator[dict[str, Path]]:
     """Give component -> a graph that the CPU runs: of a fused UNet the same with its nodes spelled out.
@@ -290,30 +244,6 @@ def _portable_twins(folder: Path, target: str) -> Iterator[dict[str, Path]]:
         yield {"unet": path}
     finally:
         path.unlink(missing_ok=True)
-
-
-def _pin(model: Any, graph: Graph) -> None:
-    """Give inputs and outputs the graph's dimension names, and drop what torch notes about values between.
-
-    Its names are symbols such as `2*s48`, which optimum cannot compute with; its notes on every node hold
-    stack traces with the paths of the machine, and are half the size of a small model.
-    """
-    import onnx_ir as ir
-
-    ends = {id(value) for value in [*model.graph.inputs, *model.graph.outputs]}
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if id(value) not in ends:
-                value.shape = value.type = None
-    model.graph.metadata_props.clear()
-    dims = dict(graph.inputs) | dict(graph.outputs) | graph.factors
-    for value in [*model.graph.inputs, *model.graph.outputs]:
-        value.metadata_props.clear()
-        shape = dims[value.name]
-        value.shape = None if shape is None else ir.Shape(shape)
 
 
 def _check_words(dtype: str, target: str, layers: Sequence[str], swappable: bool) -> None:

@@ -27,7 +27,7 @@ def base(tiny_base_folder: Path) -> Base:
     return load_base(str(tiny_base_folder), device="cpu")
 
 
-def made_nothing(graph: Any, job: Any, path: Path) -> dict[str, Any]:
+def made_nothing(graph: Any, base: Base, dtype: str, path: Path) -> dict[str, Any]:
     path.parent.mkdir(parents=True)
     return {}
 
@@ -155,7 +155,7 @@ def test_a_full_disk_is_told_before_the_work(
 def test_a_failed_export_leaves_nothing(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
-    def convert(graph: Any, job: Any, path: Path) -> dict[str, Any]:
+    def convert(graph: Any, base: Base, dtype: str, path: Path) -> dict[str, Any]:
         path.parent.mkdir(parents=True)
         path.write_bytes(b"half")
         return {}
@@ -163,7 +163,7 @@ def test_a_failed_export_leaves_nothing(
     def check(*args: Any, **settings: Any) -> dict[str, Any]:
         raise failure
 
-    monkeypatch.setattr(to_onnx, "_convert", convert)
+    monkeypatch.setattr(to_onnx, "convert", convert)
     monkeypatch.setattr(parity, "check", check)
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}
     with pytest.raises((ExportError, KeyboardInterrupt, OutputError)):
@@ -179,7 +179,7 @@ def test_a_finished_export_replaces_an_older_one(
     old.mkdir()
     (old / REPORT_NAME).write_text("{}")
     (old / "stale").write_text("")
-    monkeypatch.setattr(to_onnx, "_convert", made_nothing)
+    monkeypatch.setattr(to_onnx, "convert", made_nothing)
     entry: dict[str, Any] = {}
     components = {name: dict(entry) for name in component_graphs(base)}
     monkeypatch.setattr(parity, "check", lambda *args, **settings: {"components": components, "picture": {}})
@@ -205,7 +205,7 @@ def test_the_current_folder_has_a_name_too(
     folder = tmp_path / "onnx"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(to_onnx, "_convert", made_nothing)
+    monkeypatch.setattr(to_onnx, "convert", made_nothing)
     components: dict[str, Any] = {name: {} for name in component_graphs(base)}
     monkeypatch.setattr(parity, "check", lambda *args, **settings: {"components": components, "picture": {}})
     export_onnx(base, {}, ".")
