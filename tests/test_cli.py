@@ -30,6 +30,9 @@ def test_every_command_is_documented(name: str) -> None:
     assert command.help is not None
     assert re.search(rf"\bExample:\s+dbadapter {name}\b", command.help)
     for option in command.params:
+        if isinstance(option, click.Argument):  # has no help of its own: the text says what it is
+            assert option.metavar
+            continue
         assert isinstance(option, click.Option)
         assert option.help, f"{name}: {option.opts} has no help"
     short = command.get_short_help_str(60)
@@ -41,7 +44,7 @@ def test_readme_shows_every_command() -> None:
     for name, command in COMMANDS.items():
         assert f"### dbadapter {name}" in readme
         for option in command.params:
-            assert option.opts[0] in readme
+            assert (option.metavar if isinstance(option, click.Argument) else option.opts[0]) in readme
 
 
 @pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["train"], ["train", "--rank", "x"]])

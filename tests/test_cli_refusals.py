@@ -24,7 +24,10 @@ from command_line import assert_refused, raises, run, tree
         (["generate", "--prompt", "a", "--onnx", "x", "--base", "y", "--output-dir", "b"], ["leave out"]),
         (["generate", "--prompt", "a", "--adapter", "x=big", "--output-dir", "b"], ["a number, got 'big'"]),
         (["generate", "--prompt", "a", "--adapter", "x=nan", "--output-dir", "b"], ["finite, got nan"]),
-        (["export", "--dtype", "int8", "--output-dir", "b"], ["'int8'", "float32"]),
+        (["export", "--dtype", "int4", "--output-dir", "b"], ["'int4'", "float32"]),
+        (["export", "--onnx"], ["--output-dir OUT is missing"]),
+        (["export", "--verify", "x", "--swappable"], ["stands alone"]),
+        (["convert", "x.safetensors", "--output", "b"], ["--to", "onnx-adapter"]),
         (
             ["generate", "--prompt", "a", "--onnx", "x", "--prediction-type", "epsilon", "--output-dir", "b"],
             ["leave out"],

@@ -61,7 +61,7 @@ def export(
     torch, with and without adapter, and so is a whole picture; an export that differs is refused.
 
     \b
-    Examples:
+    Example:
       dbadapter export --onnx --adapter my-dog/my-dog.safetensors --output-dir my-dog-onnx
       dbadapter export --onnx --swappable --output-dir base-onnx
       dbadapter export --verify base-onnx
@@ -120,7 +120,8 @@ def _verify(folder: Path) -> None:
 def convert(adapter: Path, kind: str, overwrite: bool, output: Path, dtype: str) -> None:
     """Write an adapter in another format.
 
-    The files of onnx-adapter are for a swappable export, and for any program that has ONNX Runtime.
+    FILE is a .safetensors adapter. The files of onnx-adapter are for a swappable export, and for any program
+    that has ONNX Runtime.
 
     \b
     Example:
