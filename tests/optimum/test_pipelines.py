@@ -47,12 +47,13 @@ class Exported:
     pictures: list[Picture]
 
 
-@pytest.fixture(scope="module", params=["toybox", "sd2"])
+@pytest.fixture(scope="module", params=["toybox", "sd2", "sdxl"])
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """toybox, which is built like SD1, and a random SD2 that predicts v."""
+    """toybox, which is built like SD1, and random bases: SD2 that predicts v, SDXL."""
     folder, spec = tmp_path_factory.mktemp("export"), request.param
     if spec != "toybox":
-        spec = str(write_tiny_base(folder / "base", spec, prediction_type="v_prediction"))
+        prediction_type = "v_prediction" if spec == "sd2" else "epsilon"
+        spec = str(write_tiny_base(folder / "base", spec, prediction_type=prediction_type))
     base = load_base(spec, device="cpu")
     adapters = {synthetic_adapter(base): 0.8}
     without = generate_pictures(base.pipeline, PROMPTS, **SETTINGS)
@@ -76,10 +77,16 @@ def largest_difference(ones: list[Image.Image], others: list[Image.Image]) -> in
 @pytest.mark.parametrize("use_io_binding", [False, True])
 def test_optimum_draws_what_torch_draws(exported: Exported, use_io_binding: bool) -> None:
     """The same seeds, and so the same latents. Bound buffers have the shapes that the graphs' words say."""
-    from optimum.onnxruntime import ORTDiffusionPipeline, ORTStableDiffusionPipeline
+    from optimum.onnxruntime import (
+        ORTDiffusionPipeline,
+        ORTStableDiffusionPipeline,
+        ORTStableDiffusionXLPipeline,
+    )
 
     theirs = ORTDiffusionPipeline.from_pretrained(exported.folder, use_io_binding=use_io_binding)
-    assert type(theirs) is ORTStableDiffusionPipeline  # as the folder's model_index.json says
+    xl = exported.base.family == "sdxl"
+    # as the folder's model_index.json says
+    assert type(theirs) is (ORTStableDiffusionXLPipeline if xl else ORTStableDiffusionPipeline)
     drawn = images(generate_pictures(theirs, PROMPTS, **SETTINGS))
     assert largest_difference(drawn, images(exported.pictures)) <= TOLERANCE
     ours = images(generate_pictures(load_onnx_pipeline(exported.folder), PROMPTS, **SETTINGS))
@@ -88,15 +95,19 @@ def test_optimum_draws_what_torch_draws(exported: Exported, use_io_binding: bool
 
 def test_optimum_changes_a_picture_as_torch_does(exported: Exported) -> None:
     """Image to image, the only one that takes the VAE's encoder; not square, and several at once."""
-    from diffusers import StableDiffusionImg2ImgPipeline
-    from optimum.onnxruntime import ORTStableDiffusionImg2ImgPipeline
+    import diffusers
+    from optimum import onnxruntime
 
+    kind = "StableDiffusionXLImg2ImgPipeline"
+    options: dict[str, Any] = {"add_watermarker": False}
+    if exported.base.family != "sdxl":
+        kind, options = "StableDiffusionImg2ImgPipeline", {"requires_safety_checker": False}
     side = exported.base.resolution
     picture = exported.pictures[0].image.resize((side, 2 * side))
     drawn = []
     for pipeline in (
-        ORTStableDiffusionImg2ImgPipeline.from_pretrained(exported.folder),
-        StableDiffusionImg2ImgPipeline(**exported.base.pipeline.components, requires_safety_checker=False),
+        getattr(onnxruntime, f"ORT{kind}").from_pretrained(exported.folder),
+        getattr(diffusers, kind)(**exported.base.pipeline.components, **options),
     ):
         pipeline.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
@@ -106,6 +117,7 @@ def test_optimum_changes_a_picture_as_torch_does(exported: Exported) -> None:
     assert largest_difference(*drawn) <= TOLERANCE
 
 
+@pytest.mark.parametrize("exported", ["toybox", "sd2"], indirect=True)  # it has none for SDXL
 def test_diffusers_own_onnx_pipeline_draws_the_same(exported: Exported) -> None:
     """It has 8 pixels a latent cell in its code; these bases have 4, so it is asked for twice their size."""
     from diffusers import OnnxStableDiffusionPipeline
