@@ -55,7 +55,11 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         prediction_type = "v_prediction" if spec == "sd2" else "epsilon"
         spec = str(write_tiny_base(folder / "base", spec, prediction_type=prediction_type))
     base = load_base(spec, device="cpu")
-    adapters = {synthetic_adapter(base): 0.8}
+    # SDXL's has many layers without attention: a stronger one, of all layers, shows in its pictures.
+    strong: dict[str, Any] = (
+        {"strength": 1.5, "targets": tuple(lora.TARGETS)} if base.family == "sdxl" else {}
+    )
+    adapters = {synthetic_adapter(base, **strong): 0.8}
     without = generate_pictures(base.pipeline, PROMPTS, **SETTINGS)
     export_onnx(base, adapters, folder / "onnx")
     lora.apply(base.pipeline, adapters)
