@@ -41,6 +41,7 @@ def export(settings: Mapping[str, Any]) -> dict[str, Any]:
     from dbadapter.base import load_base
     from dbadapter.export import to_onnx
     from dbadapter.export.graphs import component_graphs
+    from dbadapter.export.tracing import convert
 
     dtype, target, swappable = EXPORTS[settings["kind"]]
     folder = Path(settings["folder"])
@@ -61,9 +62,8 @@ def export(settings: Mapping[str, Any]) -> dict[str, Any]:
         half_made = folder.with_name(f".{folder.name}.tmp")
         shutil.rmtree(half_made, ignore_errors=True)
         graph = component_graphs(base, dtype, targets=layers, fused=target == "cuda")["unet"]
-        job = to_onnx._Job(base, {}, dtype, target, layers, "", lambda stage, done, total: None)
         with to_onnx._quiet():
-            to_onnx._convert(graph, job, half_made / "unet/model.onnx")
+            convert(graph, base, dtype, half_made / "unet/model.onnx")
         shutil.rmtree(folder, ignore_errors=True)
         half_made.rename(folder)
         about["parts"] = "the UNet alone, without the gate"

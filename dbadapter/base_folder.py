@@ -20,6 +20,7 @@ __all__ = [
     "family_of_unet",
     "find_base",
     "load_pipeline",
+    "load_tokenizer",
     "load_tokenizers",
     "quiet_libraries",
 ]
@@ -141,9 +142,11 @@ def load_pipeline(
     import transformers
     from torch import nn
 
-    parts = [part for part in _parts(_read_json(folder / "model_index.json")) if _ALL_PARTS[part][0]]
+    every = _parts(_read_json(folder / "model_index.json"))
+    parts = [part for part in every if _ALL_PARTS[part][0]]
     with quiet_libraries():
         try:
+            words = {part: load_tokenizer(folder / part) for part in every if part.startswith("tokenizer")}
             models = {}
             for part in parts:
                 library = transformers if part.startswith("text_") else diffusers
@@ -154,13 +157,17 @@ def load_pipeline(
                 # Not the pipeline's own `to`: it knows one dtype, and warns of layers to keep in float32.
                 models[part] = nn.Module.to(model, device=device, dtype=wanted)
             absent: dict[str, Any] = {"feature_extractor": None, "image_encoder": None}
+            absent |= dict.fromkeys(words)
             if "text_encoder_2" in models:
                 kind = diffusers.StableDiffusionXLPipeline
                 absent["add_watermarker"] = False
             else:
                 kind = diffusers.StableDiffusionPipeline
                 absent |= {"safety_checker": None, "requires_safety_checker": False}
-            return kind.from_pretrained(folder, **models, **absent, local_files_only=True)
+            pipeline = kind.from_pretrained(folder, **models, **absent, local_files_only=True)
+            # Afterwards: given at once, their class would have to be the one that model_index.json names.
+            pipeline.register_modules(**words)
+            return pipeline
         except BaseError:
             raise
         except Exception as error:  # third-party loaders raise anything on a broken file
@@ -191,14 +198,27 @@ def load_tokenizers(folder: Path) -> list[Any]:
     Raises:
         BaseError: as `detect_family`, or a tokenizer is broken.
     """
-    from transformers import CLIPTokenizer
-
     detect_family(folder)
     parts = [part for part in _parts(_read_json(folder / "model_index.json")) if part.startswith("tokenizer")]
     try:
-        return [CLIPTokenizer.from_pretrained(folder / part, local_files_only=True) for part in parts]
+        return [load_tokenizer(folder / part) for part in parts]
     except Exception as error:  # third-party loaders raise anything on a broken file
         raise _broken(folder, error) from error
+
+
+def load_tokenizer(folder: Path, **options: Any) -> Any:
+    """Return the CLIP tokenizer of one folder; raises what transformers raises.
+
+    transformers 5 writes tokenizer.json alone, which of the two classes of 4 only the fast one reads. In 5
+    both names are one class.
+
+    Args:
+        options: what the tokenizer's own settings shall be instead.
+    """
+    from transformers import CLIPTokenizer, CLIPTokenizerFast
+
+    kind = CLIPTokenizer if (folder / "vocab.json").is_file() else CLIPTokenizerFast
+    return kind.from_pretrained(folder, local_files_only=True, **options)
 
 
 def _fetched(repository: str) -> Path:
@@ -334,12 +354,19 @@ def _load_unet(folder: Path, kind: Any, dtype: torch.dtype) -> Any | None:
 
 def _load_part(folder: Path, part: str, kind: Any) -> Any:
     """Return one model; the libraries only log what a file lacks, and give those layers random weights."""
+    import transformers
+
+    options: dict[str, Any] = {}
+    if part.startswith("text_") and transformers.__version__.startswith("4."):
+        # 5 saves a CLIPTextModel without `text_model.` in its keys, which 4 does not know; 5 reads both.
+        options["key_mapping"] = {r"^(?!text_model\.|text_projection\.)": "text_model."}
     model, info = kind.from_pretrained(
         folder / part,
         variant=_variant(folder, part),
         local_files_only=True,
         use_safetensors=True,
         output_loading_info=True,
+        **options,
     )
     if missing := sorted(info["missing_keys"]):
         raise BaseError(

@@ -27,7 +27,7 @@ from dbadapter.data import encoded_at_once
 from dbadapter.lean import keep_less, pays
 from dbadapter.lora import adapters_off
 from dbadapter.sampling import DECODED_TOGETHER
-from dbadapter.speed import DTYPES, PLAIN_ATTENTION_TOKENS, shorten_adapters
+from dbadapter.speed import DTYPES, PLAIN_ATTENTION_TOKENS, checkpoint_layers, shorten_adapters
 
 __all__ = ["Estimate", "estimate", "peak_bytes"]
 
@@ -283,11 +283,7 @@ def _prepare(
             if not parameter.requires_grad:
                 parameter.data = parameter.data.to(DTYPES[precision])
         if gradient_checkpointing:
-            model.train()
-            if hasattr(model, "enable_gradient_checkpointing"):
-                model.enable_gradient_checkpointing()
-            else:
-                model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(model)
     if device_type == "cpu" and tokens <= PLAIN_ATTENTION_TOKENS[precision]:
         models[0].set_attn_processor(AttnProcessor())
 

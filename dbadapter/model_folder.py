@@ -59,7 +59,9 @@ def _prefix_text_encoder(weights: Path) -> None:
 
 
 def _write_vocabulary(tokenizer: Any, folder: Path) -> None:
-    """Write vocab.json and merges.txt from the fast tokenizer's own model."""
+    """Write vocab.json and merges.txt from the fast tokenizer's own model, where they are not there."""
+    if (folder / "merges.txt").is_file():
+        return  # transformers 4 writes them, and its usual tokenizer is not a fast one
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")

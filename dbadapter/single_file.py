@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dbadapter import file_kinds, single_file_keys
-from dbadapter.base_folder import TENSORS_AT_ONCE, TOYBOX, find_base, quiet_libraries
+from dbadapter.base_folder import TENSORS_AT_ONCE, TOYBOX, find_base, load_tokenizer, quiet_libraries
 from dbadapter.errors import BaseError, UsageError
 from dbadapter.single_file_keys import Source
 
@@ -143,18 +143,15 @@ def load_single_file_tokenizer(file: SingleFile, part: str = "tokenizer") -> Any
     Raises:
         BaseError: the folder's tokenizer is broken, or the text encoder has another vocabulary than CLIP's.
     """
-    from transformers import CLIPTokenizer
-
     folder = file.configs / part
     try:
         if any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-            return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+            return load_tokenizer(folder)
         text = _read_config(file.configs, part.replace("tokenizer", "text_encoder"))
         settings = _read_json(CONFIGS / file.family / part / "tokenizer_config.json")
         names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        tokenizer = CLIPTokenizer.from_pretrained(
+        tokenizer = load_tokenizer(
             find_base(TOYBOX) / "tokenizer",
-            local_files_only=True,
             model_max_length=int(text.get("max_position_embeddings", settings["model_max_length"])),
             **{name: settings[name] for name in names},
         )

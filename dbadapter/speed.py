@@ -23,6 +23,7 @@ from dbadapter.base import Base, Precision
 __all__ = [
     "DTYPES",
     "autocast",
+    "checkpoint_layers",
     "enable_gradient_checkpointing",
     "hand_back_freed_memory",
     "keep_freed_memory",
@@ -135,15 +136,20 @@ def _adapted(layer: Any, x: Tensor) -> Tensor:
 
 def enable_gradient_checkpointing(base: Base) -> None:
     """Trade time for memory: keep few activations, compute the rest again in the backward pass."""
-    base.unet.enable_gradient_checkpointing()
-    for text_encoder in base.text_encoders.values():
-        if hasattr(text_encoder, "activation_checkpointing_enable"):  # its name since transformers 5
-            text_encoder.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
-        # Both checkpoint in training mode only. SD's parts have no dropout, so nothing else changes.
-        text_encoder.train()
-    base.unet.train()
+    for model in (base.unet, *base.text_encoders.values()):
+        checkpoint_layers(model)
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Let one UNet or text encoder compute its activations again in the backward pass, in place."""
+    if hasattr(model, "enable_gradient_checkpointing"):  # diffusers' name
+        model.enable_gradient_checkpointing()
+    elif hasattr(model, "activation_checkpointing_enable"):  # transformers' since 5
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    # They checkpoint in training mode only. SD's parts have no dropout, so nothing else changes.
+    model.train()
 
 
 def keep_freed_memory(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Attention as one ONNX node: com.microsoft.MultiHeadAttention, emitted while tracing, not matched afterwards.
+"""Attention as one ONNX node: com.microsoft.MultiHeadAttention, written while tracing, not matched after.
 
 ONNX Runtime's own fusions find no attention in the graphs of torch's dynamo exporter, and a pattern over
 transposes and softmaxes breaks with every exporter. The module knows its heads, so it writes the node.
@@ -49,8 +49,8 @@ class FusedAttnProcessor:
             raise ExportError("fused attention takes no attention mask, got one; leave the mask out")
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context)
-        out = attn.to_out[0](multi_head_attention(query, key, value, int(attn.heads)))
-        out = attn.to_out[1](out)  # the dropout
+        attended = multi_head_attention(query, key, value, int(attn.heads))
+        out: Tensor = attn.to_out[1](attn.to_out[0](attended))  # projection and dropout
         if attn.residual_connection:
             out = out + hidden_states
         factor = float(attn.rescale_output_factor)

@@ -88,8 +88,8 @@ class Graph:
         if not self.layers:
             return self.module.eval(), values, dict(self.dynamic_shapes)
         factors = example_factors(self.layers, dtype)
-        # One symbol for all ranks while tracing keeps the exporter from reasoning about hundreds; nothing in the
-        # model relates two layers' ranks, and `factor_dims` names each for itself.
+        # One symbol for all ranks while tracing: nothing in the model relates two layers' ranks; the graph
+        # gets a name for each (`factor_dims`).
         rank = torch.export.Dim("rank")
         shapes += [{0: rank}, {1: rank}] * len(self.layers)
         module = SwappableGraph(self.module, len(values), list(self.layers.values()))
@@ -131,7 +131,10 @@ class UNetGraph(nn.Module):
             text_embeds: SDXL's pooled text (batch, projection_dim).
             time_ids: SDXL's sizes and crops in pixels (batch, 6).
         """
-        added = None if text_embeds is None else {"text_embeds": text_embeds, "time_ids": time_ids}
+        added = None
+        if text_embeds is not None:
+            # diffusers joins them with sines in float32, and the exporter does not promote a float16 half.
+            added = {"text_embeds": text_embeds.float(), "time_ids": time_ids}
         out: Tensor = self.unet(
             sample, timestep.reshape(-1), encoder_hidden_states, added_cond_kwargs=added, return_dict=False
         )[0]

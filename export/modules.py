@@ -1,4 +1,4 @@
-"""ONNX models in place of torch's in a diffusers pipeline: schedulers, guidance and callbacks stay diffusers'."""
+"""ONNX models in place of torch's in a diffusers pipeline, whose schedulers and callbacks stay its own."""
 
 from __future__ import annotations
 

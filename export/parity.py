@@ -322,7 +322,7 @@ def _effect(record: Record, name: str) -> float | None:
 
 
 def _is_large(base: Base) -> bool:
-    return sum(parameter.nbytes for parameter in base.unet.parameters()) > LARGE
+    return bool(sum(parameter.nbytes for parameter in base.unet.parameters()) > LARGE)
 
 
 def _picture_side(base: Base) -> int:
@@ -355,8 +355,8 @@ def _refuse(what: str, measure: str, error: float, tolerance: float | None, effe
         raise ExportError(f"{what} is not finite (NaN or infinity); export in float32")
     if tolerance is not None and error > tolerance:
         raise ExportError(
-            f"{what} differs from torch: {measure} {error:.2g}, allowed is {tolerance:.2g}; "
-            "nothing was written. Please report it with the base's configs"
+            f"{what} differs from torch: {measure} {error:.2g}, allowed is {tolerance:.2g}; nothing was "
+            "written. Take a wider dtype, or, if it is float32, please report it with the base's configs"
         )
     threshold = 0.0 if tolerance is None else EFFECT_OVER_TOLERANCE * min(error, tolerance)
     if effect is not None and (effect <= 0 or effect < threshold):

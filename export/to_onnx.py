@@ -1,4 +1,4 @@
-"""Export to ONNX: adapters merged into the weights, or as inputs that are swapped; a folder that others load."""
+"""Export to ONNX: adapters merged into the weights, or as inputs that are swapped at run time."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dbadapter import lora
 from dbadapter.adapter import Adapter, LoraWeights, adaptable_layers, fitted
 from dbadapter.base import Base
-from dbadapter.errors import ConfigError, ExportError, OutputError, UsageError
+from dbadapter.errors import ConfigError, OutputError, UsageError
 from dbadapter.export import parity
 from dbadapter.export.adapters import mixed, onnx_adapter, write_onnx_adapter
-from dbadapter.export.graphs import DTYPES, Graph, component_graphs, example_inputs, traced_sizes
+from dbadapter.export.graphs import DTYPES, component_graphs
 from dbadapter.export.layout import (
     check_output,
     check_space,
@@ -33,14 +33,13 @@ from dbadapter.export.layout import (
     write_json,
     write_layout,
 )
+from dbadapter.export.passes.expand import expand
 from dbadapter.export.pipeline import REPORT_NAME
-from dbadapter.export.swappable import attach_defaults, live_inputs
+from dbadapter.export.tracing import OPSET, convert
 from dbadapter.speed import peak_memory_mb
 
-__all__ = ["OPSET", "TARGETS", "export_onnx", "merged"]
+__all__ = ["TARGETS", "export_onnx", "merged"]
 
-# At opset 23 and its Attention operator, ONNX Runtime no longer finds the GroupNorm fusions.
-OPSET = 20
 TARGETS = ("portable", "cuda")
 # What adapters of ours, and of most others, change.
 SWAPPABLE_LAYERS = ("attention", "feed-forward")
@@ -84,10 +83,10 @@ def export_onnx(
 ) -> dict[str, Any]:
     """Write the base with its adapters as an ONNX folder, checked against torch.
 
-    The folder loads in `load_onnx_pipeline` and `OnnxPipeline`, in diffusers' OnnxStableDiffusionPipeline, and
-    in optimum-onnx's ORTStableDiffusionPipeline and ORTStableDiffusionXLPipeline. It appears whole or not at
-    all. (diffusers' has the VAE factor 8 in its code: for a 64-pixel picture of toybox, whose factor is 4, ask
-    it for 128.)
+    The folder loads in `load_onnx_pipeline` and `OnnxPipeline`, in diffusers' OnnxStableDiffusionPipeline,
+    and in optimum-onnx's ORTStableDiffusionPipeline and ORTStableDiffusionXLPipeline. It appears whole or
+    not at all. (diffusers' has the VAE factor 8 in its code: for a 64-pixel picture of toybox, whose factor
+    is 4, ask it for 128.)
 
     Args:
         base: with float32 weights; they are bit for bit as they were afterwards.
@@ -95,11 +94,13 @@ def export_onnx(
             the files are written into the folder's `adapters/`, and nothing of them into the graphs.
         output_dir: the folder to write.
         dtype: "float32"; "float16" for half the size (the VAE still computes in float32); "int8" for weights
-            of UNet and text encoders in 8 bits, for the CPU.
+            of the UNet in 8 bits, for the CPU: a third of the size, and slower.
         swappable: make the adapters' factors inputs of the graphs.
         layers: of `lora.TARGETS`, the UNet's layers that can be swapped; none means attention and
             feed-forward, and whatever the given adapters change. Text encoders have their attention.
-        target: "portable", standard operators, or "cuda", fused ones that ONNX Runtime has for GPUs.
+        target: "portable", standard operators, or "cuda", fused ones that ONNX Runtime has for GPUs. Such a
+            UNet is compared here with its fused nodes spelled out, and marked unverified until `verify` has
+            run on a GPU.
         overwrite: replace an earlier export.
         prompt: of the picture that is compared; None means the adapter's own trigger, else "a photo".
         progress: called with (stage, parts done, of how many).
@@ -177,12 +178,14 @@ def _export(job: _Job, folder: Path) -> dict[str, Any]:
     with merged(job.base, {} if job.layers else job.adapters):
         graphs = component_graphs(job.base, job.dtype, targets=job.layers, fused=job.target == "cuda")
         for number, graph in enumerate(graphs.values()):
-            entries[graph.name] = _convert(graph, job, folder / graph.name / "model.onnx")
+            entries[graph.name] = convert(graph, job.base, job.dtype, folder / graph.name / "model.onnx")
             job.progress("exporting", number + 1, len(graphs))
     del graphs
     write_layout(job.base, folder)
     record.save(folder / parity.RECORD_NAME)
-    report = parity.check(folder, record, dtype=job.dtype, progress=partial(job.progress, "checking"))
+    with _portable_twins(folder, job.target) as twins:
+        progress = partial(job.progress, "checking")
+        report = parity.check(folder, record, dtype=job.dtype, models=twins, progress=progress)
     for name, entry in report["components"].items():
         entry |= {"bytes": folder_bytes(folder / name), **entries[name]}
     return {"effect_of": "adapters" if job.adapters else "a synthetic adapter", **report}
@@ -212,7 +215,7 @@ def _record(job: _Job) -> parity.Record:
 
 def _factors(base: Base, adapter: Adapter) -> Mapping[str, Tensor]:
     """Return the adapter's factors in the shapes of the base's layers."""
-    layers = {}
+    layers: dict[str, nn.Module] = {}
     for component, model in {"unet": base.unet, **base.text_encoders}.items():
         layers |= adaptable_layers(model, component)
     modules = {
@@ -222,66 +225,25 @@ def _factors(base: Base, adapter: Adapter) -> Mapping[str, Tensor]:
     return onnx_adapter(Adapter(adapter.family, modules)).factors
 
 
-def _convert(graph: Graph, job: _Job, path: Path) -> dict[str, Any]:
-    """Trace one graph with torch's dynamo exporter, pin its names, and save it with its weights beside it.
+@contextmanager
+def _portable_twins(folder: Path, target: str) -> Iterator[dict[str, Path]]:
+    """Give component -> a graph that the CPU runs: of a fused UNet the same with its nodes spelled out.
 
-    Returns what the report says of it: seconds, adapter inputs.
+    The CPU provider has no kernels for most fused nodes. The twin reads the weights of the very file.
     """
-    began = time.perf_counter()
-    inputs = example_inputs(job.base, graph.name, traced_sizes(job.base), job.dtype)
-    module, arguments, shapes = graph.trace(inputs, DTYPES[job.dtype])
-    with torch.no_grad():
-        program = torch.onnx.export(
-            module,
-            arguments,
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=[*graph.inputs, *graph.factors],
-            output_names=list(graph.outputs),
-            dynamic_shapes=shapes,
-            verbose=False,
-        )
-    if program is None:
-        raise ExportError(f"torch gave no ONNX program for {graph.name}")
-    _pin(program.model, graph)
-    entry: dict[str, Any] = {}
-    if graph.layers:
-        attach_defaults(program.model, graph.layers)
-        names = list(graph.factors)
-        live = live_inputs(program.model, names)
-        entry["adapter_inputs"] = {"expected": len(names), "live": live}
-        if live != len(names):
-            raise ExportError(
-                f"the exported {graph.name} reads {live} of its {len(names)} adapter inputs; nothing was "
-                "written. Please report it with the base's configs"
-            )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    program.save(path, external_data=True)
-    return {**entry, "seconds": round(time.perf_counter() - began, 1)}
-
-
-def _pin(model: Any, graph: Graph) -> None:
-    """Give inputs and outputs the graph's dimension names, and drop what torch notes about values between.
-
-    Its names are symbols such as `2*s48`, which optimum cannot compute with; its notes on every node hold
-    stack traces with the paths of the machine, and are half the size of a small model.
-    """
+    if target != "cuda":
+        yield {}
+        return
     import onnx_ir as ir
 
-    ends = {id(value) for value in [*model.graph.inputs, *model.graph.outputs]}
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in node.outputs:
-            value.metadata_props.clear()
-            if id(value) not in ends:
-                value.shape = value.type = None
-    model.graph.metadata_props.clear()
-    dims = dict(graph.inputs) | dict(graph.outputs) | graph.factors
-    for value in [*model.graph.inputs, *model.graph.outputs]:
-        value.metadata_props.clear()
-        shape = dims[value.name]
-        value.shape = None if shape is None else ir.Shape(shape)
+    path = folder / "unet" / "twin.onnx"
+    model = ir.load(folder / "unet" / "model.onnx")
+    expand(model)
+    ir.save(model, path)
+    try:
+        yield {"unet": path}
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def _check_words(dtype: str, target: str, layers: Sequence[str], swappable: bool) -> None:
@@ -300,7 +262,7 @@ def _check_words(dtype: str, target: str, layers: Sequence[str], swappable: bool
 
 
 def _swapped_layers(base: Base, adapters: Mapping[Adapter, float], wished: Sequence[str]) -> tuple[str, ...]:
-    """Return the targets whose layers are inputs: the wished ones, or the usual and what the adapters change."""
+    """Return the targets whose layers are inputs: the wished, or the usual and what the adapters change."""
     every = {name: set(lora.target_layers(base.unet, "unet", [name])) for name in _targets_of(base)}
     chosen = list(wished) or [name for name in SWAPPABLE_LAYERS if name in every]
     for name, layers in every.items():
@@ -368,6 +330,7 @@ def _described(
         "swappable": list(job.layers),
         "dtype": job.dtype,
         "target": job.target,
+        **({"cuda": "unverified"} if job.target == "cuda" else {}),
         "opset": OPSET,
         "versions": {name: version(name) for name in _PACKAGES} | {"onnxruntime": _onnxruntime_version()},
         **report,

@@ -16,6 +16,7 @@ from dbadapter.base import (
     Base,
     check_prompt,
     load_base,
+    load_tokenizers_of,
     pick_device,
     pick_precision,
     tokenize,
@@ -174,6 +175,24 @@ def test_text_encoder_in_the_naming_of_transformers_4(folder: Path) -> None:
     old["text_model.embeddings.position_ids"] = torch.arange(32)[None]
     save_file(old, path, {"format": "pt"})
     assert load_base(str(folder), device="cpu").family == "sd1"
+
+
+def test_folder_as_transformers_5_saves_it(folder: Path) -> None:
+    """No `text_model.` in the keys, and tokenizer.json alone: transformers 4 needs help with both."""
+    from transformers import CLIPTokenizerFast
+
+    expected = load_base(str(folder), device="cpu")
+    path = folder / "text_encoder/model.safetensors"
+    weights = {name.removeprefix("text_model."): value for name, value in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    CLIPTokenizerFast.from_pretrained(folder / "tokenizer").save_pretrained(folder / "tokenizer")
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "tokenizer" / name).unlink()
+    base = load_base(str(folder), device="cpu")
+    ids = tokenize(expected.tokenizer, ["a photo of sks dog"])
+    assert torch.equal(tokenize(base.tokenizer, ["a photo of sks dog"]), ids)
+    assert torch.equal(base.text_encoder(ids)[0], expected.text_encoder(ids)[0])
+    assert load_tokenizers_of(str(folder))[0].get_vocab() == expected.tokenizer.get_vocab()
 
 
 def test_broken_files_are_named_on_one_line(folder: Path) -> None:

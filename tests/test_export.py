@@ -15,10 +15,11 @@ from torch import nn
 from dbadapter.adapter import Adapter, LoraWeights
 from dbadapter.base import Base, load_base
 from dbadapter.errors import AdapterError, ExportError, OutputError, UsageError
-from dbadapter.export import export_onnx, parity, to_onnx
+from dbadapter.export import export_onnx, layout, parity, to_onnx
 from dbadapter.export.graphs import Sizes, component_graphs, example_inputs
 from dbadapter.export.parity import compare, gate_sizes, relative_error, synthetic_adapter
-from dbadapter.export.runtime import REPORT_NAME, pick_providers
+from dbadapter.export.pipeline import REPORT_NAME
+from dbadapter.export.runtime import pick_providers
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +27,9 @@ def base(tiny_base_folder: Path) -> Base:
     return load_base(str(tiny_base_folder), device="cpu")
 
 
-def outputs(value: float) -> parity.Outputs:
-    return {("unet", 0): {"out_sample": torch.tensor([1.0, value])}}
+def made_nothing(graph: Any, base: Base, dtype: str, path: Path) -> dict[str, Any]:
+    path.parent.mkdir(parents=True)
+    return {}
 
 
 def test_relative_error() -> None:
@@ -39,29 +41,27 @@ def test_relative_error() -> None:
 
 
 def test_the_gate_lets_equal_outputs_through() -> None:
-    result = compare("unet", outputs(2.0), outputs(2.0001), outputs(2.5), 1e-4)
-    assert result["relative_error"] == pytest.approx(5e-5, rel=0.01)
-    assert result["adapter_effect"] == pytest.approx(0.25, rel=0.01)
+    result = compare("unet", [1e-6, 5e-5], 0.25, 1e-4)
+    assert result == {"relative_error": 5e-5, "tolerance": 1e-4, "adapter_effect": 0.25}
 
 
 @pytest.mark.parametrize(
-    ("actual", "without", "words"),
+    ("error", "effect", "words"),
     [
-        (2.01, 2.5, "the exported unet differs from torch: relative error 0.005, allowed is 0.0001"),
-        (math.nan, 2.5, "is not finite"),
-        (2.0, 2.0, "the adapter cannot be seen in the exported unet: its effect is 0"),
-        (2.0001, 2.0005, "the adapter cannot be seen"),
+        (0.005, 0.25, "the exported unet differs from torch: relative error 0.005, allowed is 0.0001"),
+        (math.inf, 0.25, "is not finite"),
+        (0.0, 0.0, "the adapter cannot be seen in the exported unet: its effect is 0"),
+        (5e-5, 2.5e-4, "the adapter cannot be seen"),
     ],
 )
-def test_the_gate_refuses(actual: float, without: float, words: str) -> None:
+def test_the_gate_refuses(error: float, effect: float, words: str) -> None:
     with pytest.raises(ExportError, match=words):
-        compare("unet", outputs(actual), outputs(2.0), outputs(without), 1e-4)
+        compare("unet", [1e-7, error], effect, 1e-4)
 
 
 def test_a_faint_adapter_passes_where_the_true_error_is_smaller_still() -> None:
     # 5e-4 is not 20 times the tolerance, but it is more than 20 times the error: the export does hold it.
-    result = compare("unet", outputs(2.00001), outputs(2.0), outputs(2.001), 1e-4)
-    assert result["adapter_effect"] == pytest.approx(5e-4, rel=0.01)
+    assert compare("unet", [5e-6], 5e-4, 1e-4)["adapter_effect"] == 5e-4
 
 
 def test_the_gates_shapes_differ_in_every_dimension(base: Base) -> None:
@@ -108,8 +108,18 @@ def test_float16_graphs_keep_the_vae_in_float32(base: Base) -> None:
 
 
 def test_wrong_calls_are_refused(base: Base, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="dtype must be float32 or float16, got 'int8'"):
-        export_onnx(base, {}, tmp_path / "onnx", dtype="int8")
+    with pytest.raises(UsageError, match="dtype must be float32, float16, int8, got 'int4'"):
+        export_onnx(base, {}, tmp_path / "onnx", dtype="int4")
+    with pytest.raises(UsageError, match="target must be portable or cuda, got 'tpu'"):
+        export_onnx(base, {}, tmp_path / "onnx", target="tpu")
+    with pytest.raises(UsageError, match=r"targets must be among attention.*got 'head'"):
+        export_onnx(base, {}, tmp_path / "onnx", swappable=True, layers=["head"])
+    with pytest.raises(UsageError, match="pass --swappable too"):
+        export_onnx(base, {}, tmp_path / "onnx", layers=["conv"])
+    with pytest.raises(UsageError, match="an adapter changes attention layers: add attention to --targets"):
+        export_onnx(base, {synthetic_adapter(base): 1.0}, tmp_path / "onnx", swappable=True, layers=["conv"])
+    with pytest.raises(UsageError, match="int8 weights are for the CPU"):
+        export_onnx(base, {}, tmp_path / "onnx", dtype="int8", target="cuda")
     with pytest.raises(AdapterError):
         export_onnx(base, {tmp_path / "absent.safetensors": 1.0}, tmp_path / "onnx")
     misfit = Adapter("sdxl", synthetic_adapter(base).modules)
@@ -135,7 +145,7 @@ def test_a_full_disk_is_told_before_the_work(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(to_onnx.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 2**20, 2**20))
+    monkeypatch.setattr(layout.shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 2**20, 2**20))
     with pytest.raises(OutputError, match="1 MiB free"):
         export_onnx(base, {}, tmp_path / "deep/onnx")
     assert list(tmp_path.iterdir()) == []
@@ -145,14 +155,15 @@ def test_a_full_disk_is_told_before_the_work(
 def test_a_failed_export_leaves_nothing(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
-    def convert(graph: Any, inputs: Any, path: Path) -> None:
+    def convert(graph: Any, base: Base, dtype: str, path: Path) -> dict[str, Any]:
         path.parent.mkdir(parents=True)
         path.write_bytes(b"half")
+        return {}
 
     def check(*args: Any, **settings: Any) -> dict[str, Any]:
         raise failure
 
-    monkeypatch.setattr(to_onnx, "_convert", convert)
+    monkeypatch.setattr(to_onnx, "convert", convert)
     monkeypatch.setattr(parity, "check", check)
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}
     with pytest.raises((ExportError, KeyboardInterrupt, OutputError)):
@@ -168,7 +179,7 @@ def test_a_finished_export_replaces_an_older_one(
     old.mkdir()
     (old / REPORT_NAME).write_text("{}")
     (old / "stale").write_text("")
-    monkeypatch.setattr(to_onnx, "_convert", lambda graph, inputs, path: path.parent.mkdir(parents=True))
+    monkeypatch.setattr(to_onnx, "convert", made_nothing)
     entry: dict[str, Any] = {}
     components = {name: dict(entry) for name in component_graphs(base)}
     monkeypatch.setattr(parity, "check", lambda *args, **settings: {"components": components, "picture": {}})
@@ -183,7 +194,7 @@ def test_the_older_export_comes_back_where_the_new_one_cannot_take_its_place(tmp
     old.mkdir()
     (old / "kept").write_text("")
     with pytest.raises(OSError, match="absent"):
-        to_onnx._publish(tmp_path / "absent", old)
+        layout.publish(tmp_path / "absent", old)
     assert (old / "kept").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
 
@@ -194,7 +205,7 @@ def test_the_current_folder_has_a_name_too(
     folder = tmp_path / "onnx"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(to_onnx, "_convert", lambda graph, inputs, path: path.parent.mkdir(parents=True))
+    monkeypatch.setattr(to_onnx, "convert", made_nothing)
     components: dict[str, Any] = {name: {} for name in component_graphs(base)}
     monkeypatch.setattr(parity, "check", lambda *args, **settings: {"components": components, "picture": {}})
     export_onnx(base, {}, ".")

@@ -144,6 +144,22 @@ def test_only_the_command_line_and_the_demo_know_toybox_is_there() -> None:
     assert users <= {"cli", "demo", "base_folder", "toybox"}
 
 
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("export.passes")])
+def test_graph_passes_know_graphs_only(module: str) -> None:
+    """No torch, no diffusers, no base: a pass is a function of a graph."""
+    allowed = {*sys.stdlib_module_names, "numpy", "onnx", "onnx_ir"}
+    for name in imports_of(module):
+        ours = name in ("dbadapter", "dbadapter.errors") or name.startswith("dbadapter.export.passes")
+        assert ours or name.split(".")[0] in allowed, f"{module} imports {name}"
+
+
+def test_fused_attention_knows_torch_only() -> None:
+    tops = {name.split(".")[0] for name in imports_of("export.attention")} - set(sys.stdlib_module_names)
+    assert tops <= {"torch", "diffusers", "dbadapter"}
+    ours = [name for name in imports_of("export.attention") if name.startswith("dbadapter")]
+    assert ours == ["dbadapter.errors"]
+
+
 def test_nothing_imports_export_by_its_folder_name() -> None:
     for module in FILES:
         assert not [name for name in imports_of(module) if name.split(".")[0] == "export"], module

@@ -298,7 +298,7 @@ def test_a_misfit_leaves_the_pipeline_as_it_was(pipeline: Any) -> None:
 def test_adapters_of_others_are_not_touched(pipeline: Any, tmp_path: Path) -> None:
     adapter = trained_adapter(pipeline)
     write_adapter(tmp_path / "a.safetensors", adapter)
-    pipeline.load_lora_weights(tmp_path / "a.safetensors")
+    pipeline.load_lora_weights(tmp_path, weight_name="a.safetensors")
     before = predict(pipeline)
     for act in (lambda: lora.apply(pipeline, {adapter: 1.0}), lambda: lora.merge_into(pipeline, adapter)):
         with pytest.raises(AdapterError, match="unload_lora_weights"):

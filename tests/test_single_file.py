@@ -188,7 +188,9 @@ def test_sd2_file_without_its_last_text_layer(files: dict[str, Path], tmp_path: 
         for key in [key for key in state if ".resblocks.2." in key]:
             del state[key]
 
-    assert len(load(copied(files["sd2"], tmp_path, drop)).text_encoder.encoder.layers) == 2
+    encoder = load(copied(files["sd2"], tmp_path, drop)).text_encoder
+    # transformers 4 has one more level
+    assert len(getattr(encoder, "text_model", encoder).encoder.layers) == 2
 
 
 def test_linear_attention_of_the_vae(files: dict[str, Path], tmp_path: Path) -> None:

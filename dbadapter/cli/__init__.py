@@ -68,7 +68,7 @@ def _onnx_pipeline(folder: Path, weights: dict[Any, float]) -> Any:
 @click.option("--base", metavar="BASE", help=f"{BASE_HELP}  [default: toybox]")
 @prediction_option
 @click.option("--onnx", type=FilePath(), metavar="FOLDER",
-              help="An exported folder instead; with --adapter one that was exported with --swappable.")  # fmt: skip
+              help="An exported folder instead; adapters need one made with --swappable.")  # fmt: skip
 @adapter_option
 @click.option("--prompt", "prompts", multiple=True, required=True, metavar="TEXT",
               help="May be given several times.")  # fmt: skip

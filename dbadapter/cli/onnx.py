@@ -31,10 +31,10 @@ __all__ = ["convert", "export"]
 @click.option("--swappable", is_flag=True,
               help="Adapters become inputs of the graphs: one export, many subjects.")  # fmt: skip
 @click.option("--targets", metavar="NAMES",
-              help=f"With --swappable: the UNet's layers that can be swapped, of {', '.join(TARGETS)}, with commas "
-              "between.  [default: attention,feed-forward and what the adapters change]")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["float32", "float16", "int8"]), default="float32", show_default=True,
-              help="Of the exported weights; int8 is for the CPU.")  # fmt: skip
+              help=f"With --swappable: which layers of the UNet: {', '.join(TARGETS)}, with commas between."
+              "  [default: attention,feed-forward and what the adapters change]")  # fmt: skip
+@click.option("--dtype", type=click.Choice(["float32", "float16", "int8"]), default="float32",
+              show_default=True, help="Of the exported weights; int8 is for the CPU.")  # fmt: skip
 @click.option("--target", type=click.Choice(["portable", "cuda"]), default="portable", show_default=True,
               help="Standard operators, or ONNX Runtime's fused ones for a GPU.")  # fmt: skip
 @click.option("--verify", type=FilePath(), metavar="FOLDER",

@@ -96,7 +96,7 @@ def test_the_file_is_the_model_with_its_factors(
     assert relative(predict(fresh(tiny)), expected) > 20 * EXACT
 
     plain = fresh(tiny)
-    plain.load_lora_weights(path)
+    plain.load_lora_weights(tmp_path, weight_name=path.name)
     assert relative(predict(plain), expected) < EXACT
     ours = fresh(tiny)
     lora.apply(ours, {path: 1.0})
@@ -113,7 +113,7 @@ def test_the_default_file_is_the_trained_model(tiny: Any, tmp_path: Path, option
     write_adapter(tmp_path / "subject.safetensors", adapter)
     assert relative(predict(fresh(tiny)), expected) > 20 * ROUNDED
     plain = fresh(tiny)
-    plain.load_lora_weights(tmp_path / "subject.safetensors")
+    plain.load_lora_weights(tmp_path, weight_name="subject.safetensors")
     assert relative(predict(plain), expected) < ROUNDED
 
 
@@ -123,7 +123,7 @@ def test_a_weight_means_the_same_in_diffusers(tiny: Any, tmp_path: Path) -> None
     write_adapter(path, adapter, dtype=torch.float32)
     ours, plain = fresh(tiny), fresh(tiny)
     lora.apply(ours, {path: 0.5})
-    plain.load_lora_weights(path, adapter_name="subject")
+    plain.load_lora_weights(tmp_path, weight_name=path.name, adapter_name="subject")
     plain.set_adapters(["subject"], [0.5])
     assert relative(full, predict(plain)) > 20 * EXACT
     assert relative(predict(ours), predict(plain)) < EXACT
@@ -137,7 +137,7 @@ def test_one_part_alone_is_loaded_too(tiny: Any, tmp_path: Path) -> None:
     expected = predict(pipeline)
     write_adapter(tmp_path / "a.safetensors", lora.collect(pipeline.unet, None, "sd1"))
     plain = fresh(tiny)
-    plain.load_lora_weights(tmp_path / "a.safetensors")
+    plain.load_lora_weights(tmp_path, weight_name="a.safetensors")
     assert relative(predict(fresh(tiny)), expected) > 20 * ROUNDED
     assert relative(predict(plain), expected) < ROUNDED
 

@@ -159,7 +159,9 @@ def test_diffusers_knows_every_tensor_of_true_sdxl(
     adapter = synthetic(true_models, 1, targets)
     write_adapter(path, adapter)
     verify(path, adapter)
-    state, alphas = StableDiffusionXLPipeline.lora_state_dict(path, unet_config=true_models["unet"].config)
+    state, alphas = StableDiffusionXLPipeline.lora_state_dict(
+        tmp_path, weight_name=path.name, unet_config=true_models["unet"].config
+    )
     assert len(state) == 2 * len(adapter.modules)
     assert len(load_file(path)) == len(state) + len(alphas)
 
@@ -192,7 +194,7 @@ def test_the_file_changes_all_three_models_alike(tiny: Any, tmp_path: Path, targ
     assert read.metadata["dbadapter.layers_per_block"] == str(tiny.unet.config.layers_per_block)
 
     plain, merged, applied = fresh(tiny), fresh(tiny), fresh(tiny)
-    plain.load_lora_weights(path)
+    plain.load_lora_weights(tmp_path, weight_name=path.name)
     lora.merge_into(merged, read)
     lora.apply(applied, {path: 1.0})
     before, after = outputs(tiny), outputs(plain)
