@@ -6,6 +6,7 @@ transposes and softmaxes breaks with every exporter. The module knows its heads,
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from dbadapter.errors import ExportError
 
-__all__ = ["FusedAttnProcessor", "use_fused_attention"]
+__all__ = ["FusedAttnProcessor", "structure_copy", "use_fused_attention"]
 
 
 class FusedAttnProcessor:
@@ -80,6 +81,13 @@ def multi_head_attention(query: Tensor, key: Tensor, value: Tensor, heads: int) 
         for states in (query, key, value)
     )
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(-2)
+
+
+def structure_copy(model: nn.Module) -> nn.Module:
+    """Return a copy whose parts may be replaced; the weights are the very same tensors."""
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    copied: nn.Module = copy.deepcopy(model, shared)
+    return copied
 
 
 def use_fused_attention(unet: nn.Module) -> int:

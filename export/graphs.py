@@ -15,16 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dbadapter import lora
 from dbadapter.base import Base
-from dbadapter.export.attention import use_fused_attention
-from dbadapter.export.swappable import (
-    SwappableGraph,
-    SwappableLayer,
-    example_factors,
-    factor_dims,
-    structure_copy,
-    swappable_layers,
-)
+from dbadapter.export.attention import structure_copy, use_fused_attention
+from dbadapter.export.swappable import factor_dims
 
 __all__ = [
     "DTYPES",
@@ -34,6 +28,7 @@ __all__ = [
     "component_graphs",
     "example_inputs",
     "traced_sizes",
+    "usual_sizes",
 ]
 
 # What the graphs take and give. Weights in int8 are made of a float32 graph afterwards.
@@ -60,7 +55,8 @@ class Graph:
         inputs: name -> dimensions, a word for a free one; None clears the shape (any rank).
         outputs: the same, in the order in which the module returns them.
         dynamic_shapes: what torch.export may vary of `inputs`.
-        layers: those whose factors are inputs too, behind the others; empty for a merged graph.
+        layers: those of the module whose factors become inputs too, behind the others, by canonical name;
+            empty for a merged graph.
         attentions: how many fused ones the graph shall have.
     """
 
@@ -69,31 +65,13 @@ class Graph:
     inputs: Mapping[str, Dims | None]
     outputs: Mapping[str, Dims]
     dynamic_shapes: Mapping[str, Mapping[int, Any]]
-    layers: Mapping[str, SwappableLayer] = field(default_factory=dict)
+    layers: Mapping[str, nn.Module] = field(default_factory=dict)
     attentions: int = 0
 
     @property
     def factors(self) -> dict[str, Dims]:
         """The factors' input names and dimensions; none in a merged graph."""
         return factor_dims(self.layers)
-
-    def trace(self, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[nn.Module, Any, Any]:
-        """Return what torch.onnx.export is called with: module, arguments, dynamic shapes.
-
-        Args:
-            inputs: as `example_inputs` returns them.
-            dtype: of the factors.
-        """
-        values, shapes = tuple(inputs.values()), [self.dynamic_shapes[name] for name in inputs]
-        if not self.layers:
-            return self.module.eval(), values, dict(self.dynamic_shapes)
-        factors = example_factors(self.layers, dtype)
-        # One symbol for all ranks while tracing: nothing in the model relates two layers' ranks; the graph
-        # gets a name for each (`factor_dims`).
-        rank = torch.export.Dim("rank")
-        shapes += [{0: rank}, {1: rank}] * len(self.layers)
-        module = SwappableGraph(self.module, len(values), list(self.layers.values()))
-        return module.eval(), (*values, *factors.values()), (tuple(shapes),)
 
 
 @dataclass(frozen=True)
@@ -238,10 +216,10 @@ def component_graphs(
     half = DTYPES[dtype] != torch.float32
     if half:
         models = {name: copy.deepcopy(model).to(DTYPES[dtype]) for name, model in models.items()}
-    elif targets or fused:
-        models = {name: structure_copy(model) for name, model in models.items()}
+    elif fused:
+        models["unet"] = structure_copy(base.unet)
     layers = {
-        name: swappable_layers(model, name, targets) if targets else {} for name, model in models.items()
+        name: lora.target_layers(model, name, targets) if targets else {} for name, model in models.items()
     }
     attentions = use_fused_attention(models["unet"]) if fused else 0
     free = _FreeDimensions(base)
@@ -291,7 +269,7 @@ def _unet_graph(
     unet: nn.Module,
     latent: Dims,
     free: _FreeDimensions,
-    layers: Mapping[str, SwappableLayer],
+    layers: Mapping[str, nn.Module],
     attentions: int,
 ) -> Graph:
     width = int(base.unet.config.cross_attention_dim)
@@ -319,6 +297,12 @@ def _pooled_width(base: Base) -> int:
 def traced_sizes(base: Base) -> Sizes:
     """Return sizes that differ from each other and from 1, which torch.export would take for a constant."""
     return Sizes(2, 2 * base.latent_multiple, 3 * base.latent_multiple, 7)
+
+
+def usual_sizes(base: Base) -> Sizes:
+    """Return those of one picture at the base's own size, with guidance and a whole prompt."""
+    side = int(base.unet.config.sample_size)
+    return Sizes(2, side, side, int(base.text_encoder.config.max_position_embeddings))
 
 
 def example_inputs(

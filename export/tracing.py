@@ -10,10 +10,10 @@ import torch
 
 from dbadapter.base import Base
 from dbadapter.errors import ExportError
-from dbadapter.export.graphs import DTYPES, Graph, example_inputs, traced_sizes
+from dbadapter.export.graphs import Graph, example_inputs, traced_sizes, usual_sizes
 from dbadapter.export.passes import for_cuda, live_inputs
 from dbadapter.export.passes.int8 import quantize_weights
-from dbadapter.export.swappable import attach_defaults
+from dbadapter.export.swappable import attach_defaults, count_rows, insert_factors
 
 __all__ = ["OPSET", "convert"]
 
@@ -28,20 +28,23 @@ def convert(graph: Graph, base: Base, dtype: str, path: Path) -> dict[str, Any]:
     """
     began = time.perf_counter()
     inputs = example_inputs(base, graph.name, traced_sizes(base), dtype)
-    module, arguments, shapes = graph.trace(inputs, DTYPES[dtype])
     with torch.no_grad():
         program = torch.onnx.export(
-            module,
-            arguments,
+            graph.module.eval(),
+            tuple(inputs.values()),
             dynamo=True,
             opset_version=OPSET,
-            input_names=[*graph.inputs, *graph.factors],
+            input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            dynamic_shapes=shapes,
+            dynamic_shapes=dict(graph.dynamic_shapes),
             verbose=False,
+            optimize=False,
         )
     if program is None:
         raise ExportError(f"torch gave no ONNX program for {graph.name}")
+    if graph.layers:
+        insert_factors(program.model, graph.module, graph.layers, _rows(graph, base, dtype))
+    program.optimize()
     entry: dict[str, Any] = {}
     if graph.attentions:  # before the shapes go, which the passes read
         entry["fusions"] = for_cuda(program.model, {"MultiHeadAttention": graph.attentions})
@@ -61,6 +64,14 @@ def convert(graph: Graph, base: Base, dtype: str, path: Path) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     program.save(path, external_data=True)
     return {**entry, "seconds": round(time.perf_counter() - began, 1)}
+
+
+def _rows(graph: Graph, base: Base, dtype: str) -> dict[str, int]:
+    """Return the rows of each linear layer; none for int8, which finds constant weights only."""
+    if dtype == "int8":
+        return {}
+    inputs = example_inputs(base, graph.name, usual_sizes(base), dtype)
+    return count_rows(graph.module, inputs, graph.layers)
 
 
 def _pin(model: Any, graph: Graph) -> None:

@@ -25,15 +25,15 @@ from dbadapter.export.passes.nhwc import count_transposes, to_nhwc
 from dbadapter.export.passes.skip_group_norm import fuse_skip_group_norm
 from dbadapter.export.passes.skip_layer_norm import fuse_skip_layer_norm
 from dbadapter.export.passes.split_gelu import fuse_bias_split_gelu
+from dbadapter.export.swappable import count_rows, factor_dims, insert_factors
 
-pytestmark = pytest.mark.xdist_group("graph passes")  # their exports are made once, not once a worker
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2}
 FLOAT, HALF = torch.float32, torch.float16
 # An export takes ten seconds or more: by default each family once, and each type.
 QUICK: list[tuple[Family, torch.dtype]] = [("sd1", HALF), ("sd2", FLOAT), ("sdxl", HALF)]
 SLOW: list[tuple[Family, torch.dtype]] = [("sd1", FLOAT), ("sd2", HALF), ("sdxl", FLOAT)]
 CASES = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW)]
-# Linear layers and convolutions of each kind that a pass looks at, few, because each costs the exporter time.
+# Linear layers and convolutions of each kind that a pass looks at.
 ADAPTED = (
     *(f"down_blocks.0.attentions.0.transformer_blocks.0.{name}" for name in ("attn1.to_q", "attn2.to_v")),
     *(
@@ -68,39 +68,6 @@ class Called(nn.Module):
             # In float32: the exporter does not promote what torch.cat does, and the time ids come as float32.
             conditions["added_cond_kwargs"] = {"text_embeds": text_embeds.float(), "time_ids": time_ids}
         return self.unet(sample, timestep.reshape(-1), words, return_dict=False, **conditions)[0]
-
-
-class LoraLayer(nn.Module):
-    """A layer and one adapter, whose factors are set before each call: y = f(x) + f_B(f_A(x))."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-        self.lora_A: Tensor | None = None
-        self.lora_B: Tensor | None = None
-
-    def forward(self, x: Tensor) -> Any:
-        assert self.lora_A is not None
-        assert self.lora_B is not None
-        if isinstance(self.layer, nn.Conv2d):
-            down = nn.functional.conv2d(x, self.lora_A, None, self.layer.stride, self.layer.padding)
-            return self.layer(x) + nn.functional.conv2d(down, self.lora_B)
-        down = nn.functional.linear(x, self.lora_A)
-        return self.layer(x) + nn.functional.linear(down, self.lora_B)
-
-
-class Swappable(nn.Module):
-    """A UNet whose factors are arguments."""
-
-    def __init__(self, unet: nn.Module, layers: Mapping[str, LoraLayer]) -> None:
-        super().__init__()
-        self.unet = unet
-        self.layers = dict(layers)
-
-    def forward(self, sample: Tensor, timestep: Tensor, words: Tensor, factors: list[Tensor]) -> Any:
-        for layer, lora_A, lora_B in zip(self.layers.values(), factors[::2], factors[1::2], strict=True):
-            layer.lora_A, layer.lora_B = lora_A, lora_B
-        return self.unet(sample, timestep.reshape(-1), words, return_dict=False)[0]
 
 
 @dataclass(frozen=True)
@@ -149,7 +116,14 @@ def free_dimensions(family: Family) -> list[Any]:
     return shapes + ([{0: batch}, {0: batch}] if family == "sdxl" else [])
 
 
-def export(module: nn.Module, inputs: list[Any], shapes: list[Any], names: list[str] | None) -> ir.Model:
+def export(
+    module: nn.Module,
+    inputs: list[Any],
+    shapes: list[Any],
+    names: list[str] | None,
+    layers: Mapping[str, nn.Module] | None = None,
+    rows: Mapping[str, int] | None = None,
+) -> ir.Model:
     with torch.no_grad():
         program = torch.onnx.export(
             module.eval(),
@@ -159,8 +133,12 @@ def export(module: nn.Module, inputs: list[Any], shapes: list[Any], names: list[
             input_names=names,
             dynamic_shapes=shapes,
             verbose=False,
+            optimize=False,
         )
     assert program is not None
+    if layers is not None:
+        insert_factors(program.model, module, layers, rows or {})
+    program.optimize()
     return program.model
 
 
@@ -217,33 +195,26 @@ def swappable() -> Exported:
     """A UNet with adapters on linear layers and convolutions of each kind, ranks 3, factors as inputs."""
     torch.manual_seed(0)
     unet: Any = with_random_norms(_unet("sd1"))
-    layers = {}
-    for name, layer in list(unet.named_modules()):
-        if name.endswith(ADAPTED):
-            parent, _, last = name.rpartition(".")
-            layers[name] = LoraLayer(layer)
-            setattr(unet.get_submodule(parent), last, layers[name])
-    factors, shapes, rank = [], [], 3
-    for lora in layers.values():
-        weight = lora.layer.get_parameter("weight")
-        factors += [
-            torch.randn(rank, *weight.shape[1:]),
-            torch.randn(weight.shape[0], rank, *[1] * (weight.dim() - 2)),
-        ]
-        factors[-1] *= 0.3 / weight[0].numel() ** 0.5
-        free = torch.export.Dim(f"rank_{len(factors)}", max=512)
-        shapes += [{0: free}, {1: free}]
+    layers = {name: layer for name, layer in unet.named_modules() if name.endswith(ADAPTED)}
     use_fused_attention(unet)
-    module = Swappable(unet, layers)
-    inputs = tiny_inputs(unet, "sd1")
+    module, inputs = Called(unet), tiny_inputs(unet, "sd1")
+    rows = count_rows(module, dict(zip(INPUTS, inputs, strict=False)), layers)
+    model = export(module, inputs, free_dimensions("sd1"), list(INPUTS[:3]), layers, rows)
+    proto = ir.to_proto(model)  # with the weights as they are: they are the module's own
+    factors = {
+        name: torch.randn([3 if isinstance(dim, str) else dim for dim in dims]) * 0.1
+        for name, dims in factor_dims(layers).items()
+    }
     with torch.no_grad():
-        expected = module(*inputs, factors).double().numpy()
-    names = [*INPUTS[:3], *(f"{name}.lora_{half}" for name in layers for half in "AB")]
-    model = export(module, [*inputs, factors], [*free_dimensions("sd1"), shapes], names)
-    feed = {name: value.numpy() for name, value in zip(names, [*inputs, *factors], strict=True)}
+        for name, layer in layers.items():
+            lora_A, lora_B = factors[f"{name}.lora_A"], factors[f"{name}.lora_B"]
+            layer.weight += (lora_B.flatten(1) @ lora_A.flatten(1)).view_as(layer.weight)
+        expected = module(*inputs).double().numpy()
+    feed = {name: value.numpy() for name, value in zip(INPUTS, inputs, strict=False)}
+    feed |= {name: value.numpy() for name, value in factors.items()}
     counts = module_counts(unet)
-    counts["NhwcConv"] += 2 * sum(isinstance(lora.layer, nn.Conv2d) for lora in layers.values())
-    return Exported(ir.to_proto(model), feed, expected, counts, torch.float32)
+    counts["NhwcConv"] += 2 * sum(isinstance(layer, nn.Conv2d) for layer in layers.values())
+    return Exported(proto, feed, expected, counts, torch.float32)
 
 
 def test_for_cuda_finds_every_place_and_equals_torch(exported: Exported) -> None:

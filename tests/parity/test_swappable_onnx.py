@@ -38,14 +38,13 @@ from dbadapter.export.parity import RECORD_NAME, TOLERANCE, relative_error, synt
 from dbadapter.export.pipeline import REPORT_NAME
 from dbadapter.lora import TARGETS
 
-# An export with inputs for every layer takes most of a minute: SD1's by default, the others' in slow runs.
+# An export takes half a minute: two by default, the others in slow runs.
 CASES: list[Any] = [
     ("sd1", tuple(TARGETS)),
     ("sdxl", ("attention",)),
     pytest.param(("sd2", tuple(TARGETS)), marks=pytest.mark.slow),
     pytest.param(("sdxl", tuple(TARGETS)), marks=pytest.mark.slow),
 ]
-pytestmark = pytest.mark.xdist_group("swappable exports")  # made once, not once a worker
 SETTINGS: dict[str, Any] = {"num_inference_steps": 3, "height": 32, "width": 32, "output_type": "np"}
 
 

@@ -35,9 +35,6 @@ PROMPTS = ["a photo of sks cat", "a dog on the beach"]
 WEIGHT = 0.8
 
 
-pytestmark = pytest.mark.xdist_group("merged export")  # made once, not once a worker
-
-
 @dataclass(frozen=True)
 class Exported:
     """The export and what it was made from."""
