@@ -42,13 +42,19 @@ def load_onnx_pipeline(
         models: component -> another file in place of the folder's.
     Raises:
         BaseError: the folder is no ONNX export, or a part of it is missing or broken.
-        UsageError: a provider that this installation of ONNX Runtime has not.
+        UsageError: a provider that this installation of ONNX Runtime has not; or the folder is for GPUs, and
+            there is none here.
     """
     import diffusers
 
     folder = Path(folder)
     index = _check_folder(folder)
     names = pick_providers(providers)
+    if names[0] == "CPUExecutionProvider" and not models and _of_report(folder, "target") == "cuda":
+        raise UsageError(
+            f"{folder} was exported with --target cuda, which needs a GPU and none is there: use it where "
+            "one is, or export with --target portable"
+        )
     runners = {
         name: Runner(open_session((models or {}).get(name, folder / name / "model.onnx"), names))
         for name in components_of(index)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from dbadapter.errors import BaseError, UsageError
+from dbadapter.errors import BaseError
 from dbadapter.export import parity
 from dbadapter.export.layout import write_json
 from dbadapter.export.pipeline import REPORT_NAME
@@ -42,14 +42,9 @@ def verify(
         dtype = str(report["dtype"])
         if dtype not in parity.TOLERANCE:
             raise ValueError(f"unknown dtype {dtype!r}")
-        target = str(report.get("target", "portable"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BaseError(f"{path} cannot be read ({error}); export the model again") from None
     names = pick_providers(providers)
-    if target == "cuda" and names[0] == "CPUExecutionProvider":
-        raise UsageError(
-            f"{folder} was exported with --target cuda, which needs a GPU: verify it where one is"
-        )
     found = parity.check(
         folder,
         parity.Record.load(folder / parity.RECORD_NAME),
