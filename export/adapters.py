@@ -77,6 +77,8 @@ def read_onnx_adapter(path: str | os.PathLike[str]) -> OnnxAdapter:
         AdapterError: it is neither, or it is broken; the message names the file.
     """
     path = Path(path)
+    if path.suffix == SUFFIX:
+        raise AdapterError(f"{path} is one component's file: give its folder, {path.parent}")
     if not path.is_dir():
         return onnx_adapter(lora.load_adapter(path))
     files = [path / f"{component}{SUFFIX}" for component in keys.COMPONENTS]
@@ -94,7 +96,7 @@ def read_onnx_adapter(path: str | os.PathLike[str]) -> OnnxAdapter:
     factors: dict[str, Tensor] = {}
     for file in present:
         factors |= _read_file(file)
-    return OnnxAdapter(str(about.pop("family", "unknown")), factors, about)
+    return OnnxAdapter(str(about.pop("family", None) or "unknown"), factors, about)
 
 
 def write_onnx_adapter(
@@ -129,7 +131,7 @@ def write_onnx_adapter(
             if not factors:
                 continue
             values = {
-                name: OrtValue.ortvalue_from_numpy(value.to(ADAPTER_DTYPES[dtype]).contiguous().numpy())
+                name: OrtValue.ortvalue_from_numpy(_cast(name, value, dtype).numpy())
                 for name, value in factors.items()
             }
             form = AdapterFormat()
@@ -140,10 +142,14 @@ def write_onnx_adapter(
             names.append(f"{component}{SUFFIX}")
         about = {"family": given.family, "dtype": dtype, **given.about}
         (temporary / ABOUT).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder.resolve())
-    except OSError as error:
+        if folder.exists():  # aside first: the new one may fail to take its place
+            old = temporary.with_suffix(".old")
+            folder.resolve().rename(old)
+            temporary.rename(folder.resolve())
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            temporary.rename(folder.resolve())
+    except (OSError, RuntimeError) as error:  # ONNX Runtime's of a full disk is the latter
         raise OutputError(f"{folder} cannot be written: {error}; pass another --output") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -177,8 +183,9 @@ def fitted_factors(
     unknown = [key for key in adapter.factors if key not in shapes]
     if unknown:
         layer = unknown[0].rpartition(".")[0]
+        layers = len({key.rpartition(".")[0] for key in unknown})
         raise AdapterError(
-            f"adapter {name} changes {len(unknown) // 2} layers that this export has no input for, e.g. "
+            f"adapter {name} changes {layers} layers that this export has no input for, e.g. "
             f"{layer}; export with the --targets that it was trained with"
         )
     ranks: dict[str, int] = {}
@@ -191,9 +198,9 @@ def fitted_factors(
             fits = value[:, :, None, None]
         elif len(wanted) == 2 and value.ndim == 4 and value.shape[2:] == (1, 1):
             fits = value.flatten(1)
-        rank = fits.shape[0 if part == "lora_A" else 1]
+        rank = fits.shape[0 if part == "lora_A" else 1] if fits.ndim == len(wanted) else -1
         if (
-            fits.ndim != len(wanted)
+            rank < 0
             or any(isinstance(w, int) and w != have for have, w in zip(fits.shape, wanted, strict=True))
             or ranks.setdefault(layer, rank) != rank
         ):
@@ -226,6 +233,13 @@ def mixed(adapters: Sequence[tuple[Mapping[str, Tensor], float]]) -> dict[str, T
         else:
             found[key] = torch.cat([value * weight for value, weight in parts], dim=1)
     return found
+
+
+def _cast(name: str, value: Tensor, dtype: str) -> Tensor:
+    cast = value.to(ADAPTER_DTYPES[dtype]).contiguous()
+    if not torch.isfinite(cast).all():
+        raise AdapterError(f"{name} with its alpha is too large for {dtype}: pass --dtype float32")
+    return cast
 
 
 def _read_file(file: Path) -> dict[str, Tensor]:

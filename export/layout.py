@@ -17,6 +17,13 @@ from dbadapter.export.pipeline import REPORT_NAME
 __all__ = ["check_output", "check_space", "folder_bytes", "publish", "write_json", "write_layout"]
 
 
+_OURS = {
+    *("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder"),
+    *("tokenizer", "tokenizer_2", "scheduler", "adapters"),
+    *("model_index.json", REPORT_NAME, "parity.safetensors"),
+}
+
+
 def write_layout(base: Base, folder: Path) -> None:
     """Write configs, tokenizer, scheduler and model_index.json as diffusers and optimum-onnx expect them."""
     import diffusers
@@ -79,6 +86,11 @@ def check_output(folder: Path, overwrite: bool) -> None:
         raise OutputError(f"{folder} exists already: pass --overwrite or another --output-dir")
     if not (folder / REPORT_NAME).is_file():
         raise OutputError(f"{folder} holds something else than an export of ours: pass another --output-dir")
+    if foreign := sorted(path.name for path in folder.iterdir() if path.name not in _OURS):
+        raise OutputError(
+            f"{folder} holds {foreign[0]}, which is no part of an export and would be lost: move it, or pass "
+            "another --output-dir"
+        )
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -108,8 +120,10 @@ def publish(temporary: Path, folder: Path) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, indented."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a JSON file, indented, in place of an earlier one at once."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -102,13 +102,17 @@ class OnnxTextEncoder(OnnxModule):
         """Return what torch's model returns: last_hidden_state and pooler_output, or text_embeds first.
 
         Raises:
-            UsageError: an attention mask, or hidden states (clip_skip) that the graph does not give.
+            UsageError: an attention mask, hidden states (clip_skip) that the graph does not give, or too many
+                tokens.
         """
         hidden = [name for name in self.runner.outputs if name.startswith("hidden_states.")]
         if attention_mask is not None or (output_hidden_states and not hidden):
             raise UsageError(
                 "the exported text encoder has neither attention mask nor hidden states (clip_skip)"
             )
+        longest = int(self.config.max_position_embeddings)
+        if input_ids.shape[1] > longest:
+            raise UsageError(f"the text encoder takes {longest} tokens at the most, got {input_ids.shape[1]}")
         words = (*input_ids.shape, int(self.config.hidden_size))
         pooled = {
             "text_embeds": (input_ids.shape[0], int(self.config.projection_dim)),

@@ -76,7 +76,7 @@ class Record:
 
     def save(self, path: Path) -> None:
         """Write it as one safetensors file."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = {
             f"in/{name}/{case}/{key}": v for (name, case), vs in self.inputs.items() for key, v in vs.items()
@@ -87,7 +87,8 @@ class Record:
         tensors |= {f"picture/{state}": value for state, value in self.pictures.items()}
         tensors |= {f"factor/{name}": value for name, value in self.factors.items()}
         whole = {key: value.detach().cpu().clone().contiguous() for key, value in tensors.items()}
-        save_file(whole, path, {"compared": ",".join(self.compared), "settings": json.dumps(self.settings)})
+        about = {"compared": ",".join(self.compared), "settings": json.dumps(self.settings)}
+        path.write_bytes(save(whole, about))  # its own writer lets no other user read the file
 
     @classmethod
     def load(cls, path: Path) -> Record:
@@ -115,10 +116,28 @@ class Record:
                         found.pictures[rest] = value
                     else:
                         found.factors[rest] = value
+            found._check()
         except Exception as error:  # safetensors has exceptions of its own
             reason = str(error).strip() or type(error).__name__
             raise ExportError(f"{path} cannot be read ({reason}); export the model again") from None
         return found
+
+    def _check(self) -> None:
+        """Raise ValueError unless everything is there that the gate compares."""
+        kinds: dict[str, Any] = dict.fromkeys(("num_inference_steps", "height", "width", "seed"), int)
+        kinds |= {"prompt": str, "guidance_scale": (int, float), "adapted": list}
+        for name, kind in kinds.items():
+            if not isinstance(self.settings.get(name), kind):
+                raise ValueError(f"its setting {name} is missing or broken")
+        if not self.compared or not set(self.compared) <= set(STATES):
+            raise ValueError(f"it compares {','.join(self.compared) or 'nothing'}")
+        for state in STATES:
+            if self.pictures.get(state, torch.empty(0)).ndim != 3:
+                raise ValueError(f"its picture {state!r} is missing or broken")
+            adapted = self.settings["adapted"]
+            needed = [key for key in self.inputs if state in self.compared or key[0] in adapted]
+            if missing := [key for key in needed if not self.outputs[state].get(key)]:
+                raise ValueError(f"it lacks what torch gave for {missing[0][0]}, {state!r}")
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -245,6 +264,8 @@ def check(
         done += 1
         if progress:
             progress(done, total)
+    if uncompared := [name for name, of_it in rows.items() if not of_it]:
+        raise ExportError(f"{folder / RECORD_NAME} has no case of {uncompared[0]}; export the model again")
     effects = {name: _effect(record, name) for name in runners}
     return {
         "components": {
@@ -355,12 +376,13 @@ def _refuse(what: str, measure: str, error: float, tolerance: float | None, effe
         raise ExportError(f"{what} is not finite (NaN or infinity); export in float32")
     if tolerance is not None and error > tolerance:
         raise ExportError(
-            f"{what} differs from torch: {measure} {error:.2g}, allowed is {tolerance:.2g}; nothing was "
-            "written. Take a wider dtype, or, if it is float32, please report it with the base's configs"
+            f"{what} differs from torch: {measure} {error:.2g}, allowed is {tolerance:.2g}, so it must not "
+            "be used. Export in a wider dtype, or, if it is float32, please report it with the base's configs"
         )
     threshold = 0.0 if tolerance is None else EFFECT_OVER_TOLERANCE * min(error, tolerance)
     if effect is not None and (effect <= 0 or effect < threshold):
         raise ExportError(
             f"the adapter cannot be seen in {what}: its effect is {effect:.2g} ({measure}), the error "
-            f"{error:.2g}; nothing was written. Train it for more steps, give it more weight, or leave it out"
+            f"{error:.2g}, so it must not be used. Train it for more steps, give it more weight, or leave "
+            "it out"
         )

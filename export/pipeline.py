@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,14 @@ __all__ = ["REPORT_NAME", "OnnxPipeline", "load_onnx_pipeline", "runners_of"]
 
 REPORT_NAME = "export_report.json"
 _VAE = ("vae_decoder", "vae_encoder")
+# What each graph must take and give, for a folder whose files were mixed up.
+_ENDS = {
+    "text_encoder": ({"input_ids"}, {"last_hidden_state"}),
+    "text_encoder_2": ({"input_ids"}, {"text_embeds"}),
+    "unet": ({"sample", "timestep", "encoder_hidden_states"}, {"out_sample"}),
+    "vae_decoder": ({"latent_sample"}, {"sample"}),
+    "vae_encoder": ({"sample"}, {"latent_parameters"}),
+}
 
 
 def load_onnx_pipeline(
@@ -56,7 +65,7 @@ def load_onnx_pipeline(
             "one is, or export with --target portable"
         )
     runners = {
-        name: Runner(open_session((models or {}).get(name, folder / name / "model.onnx"), names))
+        name: _runner((models or {}).get(name, folder / name / "model.onnx"), name, names)
         for name in components_of(index)
     }
     xl = "text_encoder_2" in runners
@@ -89,7 +98,8 @@ class OnnxPipeline:
         pipe("a photo of sks dog with a wxv hat", adapters={"dog": 0.8, "hat": 0.5}).images[0]
 
     Nothing of a subject stays when the next one comes: the graph holds the base alone, the subjects are its
-    inputs. Mixing is exact, see `adapters.mixed`.
+    inputs. Mixing is exact, see `adapters.mixed`. Threads may share one: their calls come one after the
+    other, each with its own adapters (those of `pipeline` itself do not wait).
 
     Args:
         folder: as `export_onnx(..., swappable=True)` writes it; a merged one takes no adapters.
@@ -108,6 +118,7 @@ class OnnxPipeline:
         self._runners = runners_of(self.pipeline)
         self._loaded: dict[str, dict[str, Tensor]] = {}
         self._active: dict[str, float] = {}
+        self._lock = threading.RLock()  # adapters and the scheduler's state are the whole pipeline's
 
     @property
     def components(self) -> dict[str, Any]:
@@ -147,9 +158,10 @@ class OnnxPipeline:
             for key in runner.factor_shapes:
                 if key in factors:
                     placed[key] = factors[key].to(self._runners[component].device)
-        self._loaded[name] = placed
-        if name in self._active:
-            self.set_adapters(self._active)
+        with self._lock:
+            self._loaded[name] = placed
+            if name in self._active:
+                self.set_adapters(self._active)
 
     def unload_adapter(self, name: str) -> None:
         """Forget an adapter, and take it off if it is on.
@@ -157,9 +169,10 @@ class OnnxPipeline:
         Raises:
             UsageError: none is called so.
         """
-        self._known([name])
-        del self._loaded[name]
-        self.set_adapters({each: weight for each, weight in self._active.items() if each != name})
+        with self._lock:
+            self._known([name])
+            self.set_adapters({each: weight for each, weight in self._active.items() if each != name})
+            del self._loaded[name]
 
     def set_adapters(self, adapters: Mapping[str, float]) -> None:
         """Turn these adapters on, each with its weight, and all others off.
@@ -169,14 +182,15 @@ class OnnxPipeline:
         Raises:
             UsageError: a name that was not loaded, or a weight that is no finite number.
         """
-        self._known(adapters)
-        for name, weight in adapters.items():
-            if not abs(float(weight)) < float("inf"):
-                raise UsageError(f"the weight of adapter {name} must be a finite number, got {weight}")
-        joined = mixed([(self._loaded[name], float(weight)) for name, weight in adapters.items()])
-        for runner in self._runners.values():
-            runner.set_factors({key: joined[key] for key in runner.factor_shapes if key in joined})
-        self._active = {name: float(weight) for name, weight in adapters.items()}
+        if not isinstance(adapters, Mapping):
+            raise UsageError(f"adapters must be name -> weight, such as {{'dog': 0.8}}, got {adapters!r}")
+        weights = {name: _weight(name, weight) for name, weight in adapters.items()}
+        with self._lock:
+            self._known(weights)
+            joined = mixed([(self._loaded[name], weight) for name, weight in weights.items()])
+            for runner in self._runners.values():
+                runner.set_factors({key: joined[key] for key in runner.factor_shapes if key in joined})
+            self._active = weights
 
     def __call__(
         self,
@@ -193,10 +207,11 @@ class OnnxPipeline:
         Raises:
             UsageError: as `set_adapters`.
         """
-        if adapters is None:
-            return self.pipeline(prompt, *arguments, **settings)
-        with self._for_now(adapters):
-            return self.pipeline(prompt, *arguments, **settings)
+        with self._lock:
+            if adapters is None:
+                return self.pipeline(prompt, *arguments, **settings)
+            with self._for_now(adapters):
+                return self.pipeline(prompt, *arguments, **settings)
 
     @contextmanager
     def _for_now(self, adapters: Mapping[str, float]) -> Any:
@@ -214,6 +229,28 @@ class OnnxPipeline:
             raise UsageError(
                 f"no adapter {unknown[0]!r} is loaded (loaded: {known}); call load_adapter first"
             )
+
+
+def _weight(name: str, weight: Any) -> float:
+    try:
+        value = float(weight)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not abs(value) < float("inf"):
+        raise UsageError(f"the weight of adapter {name} must be a finite number, got {weight!r}")
+    return value
+
+
+def _runner(path: Path, name: str, providers: Sequence[str]) -> Runner:
+    """Return a component's session, refused if the file is another component's or none of ours."""
+    runner = Runner(open_session(path, providers))
+    inputs, outputs = _ENDS[name]
+    if not (inputs <= runner.inputs.keys() and outputs <= runner.outputs.keys()):
+        raise BaseError(
+            f"{path} is no {name} of ours: it takes {', '.join(list(runner.inputs)[:4])} and gives "
+            f"{', '.join(list(runner.outputs)[:4])}; export it again"
+        )
+    return runner
 
 
 def runners_of(pipeline: Any) -> dict[str, Runner]:

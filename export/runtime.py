@@ -11,7 +11,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from dbadapter.errors import BaseError, UsageError
+from dbadapter.errors import BaseError, ExportError, UsageError
 
 __all__ = ["Runner", "open_session", "pick_providers"]
 
@@ -77,6 +77,8 @@ class Runner:
 
     Args:
         session: an ONNX Runtime session.
+    Raises:
+        BaseError: it takes or gives what a model of ours does not.
 
     Attributes:
         inputs, outputs: name -> dtype; inputs with the factors.
@@ -86,6 +88,12 @@ class Runner:
     def __init__(self, session: Any) -> None:
         self.session = session
         free = session.get_overridable_initializers()  # inputs that have a default
+        ends = (*session.get_inputs(), *free, *session.get_outputs())
+        if strange := next((entry for entry in ends if entry.type not in _TORCH_TYPES), None):
+            raise BaseError(
+                f"the ONNX model is no export of ours: {strange.name} is {strange.type}; export it again"
+            )
+        self._needed = {entry.name: tuple(entry.shape) for entry in session.get_inputs()}
         self.inputs = {entry.name: _TORCH_TYPES[entry.type] for entry in (*session.get_inputs(), *free)}
         self.outputs = {entry.name: _TORCH_TYPES[entry.type] for entry in session.get_outputs()}
         self.factor_shapes = {entry.name: tuple(entry.shape) for entry in free}
@@ -102,7 +110,7 @@ class Runner:
         """Bind these factors in place of all earlier ones; none is no adapter.
 
         Args:
-            factors: input name -> value, of shapes that fit (see `adapters.check_fits_graph`).
+            factors: input name -> value, of shapes that fit (see `adapters.fitted_factors`).
         """
         # A new binding: an input that was bound once cannot be given back to its default.
         self._binding = self.session.io_binding()
@@ -118,7 +126,11 @@ class Runner:
         Args:
             inputs: by name, any dtype and device; cast and moved to what the session takes.
             output_shapes: of the outputs to return.
+        Raises:
+            UsageError: an input is missing, or has dimensions that the graph does not take.
+            ExportError: ONNX Runtime cannot compute with them.
         """
+        self._check_inputs(inputs)
         bound = {name: self._placed(name, value) for name, value in inputs.items()}
         for name, value in bound.items():
             self._bind(name, value)
@@ -128,9 +140,31 @@ class Runner:
             self._bind(name, outputs[name], output=True)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # ONNX Runtime works on a stream of its own
-        self.session.run_with_iobinding(self._binding)
-        self._binding.clear_binding_outputs()
+        try:
+            self.session.run_with_iobinding(self._binding)
+        except Exception as error:  # its exception classes share no base of their own
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if "alloc" in reason.lower():
+                raise  # out of memory is told elsewhere
+            shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in bound.items())
+            raise ExportError(f"ONNX Runtime cannot compute with {shapes}: {reason}") from error
+        finally:
+            self._binding.clear_binding_outputs()
         return outputs
+
+    def _check_inputs(self, inputs: Mapping[str, Tensor]) -> None:
+        """Refuse a call that leaves an input out: the last call's memory would still be bound to it."""
+        for name, dims in self._needed.items():
+            if name not in inputs:
+                raise UsageError(
+                    f"the ONNX model's input {name} is missing; give all of {', '.join(self._needed)}"
+                )
+            shape = tuple(inputs[name].shape)
+            if not dims:  # of any rank
+                continue
+            wrong = any(isinstance(d, int) and d != n for d, n in zip(dims, shape, strict=False))
+            if wrong or len(dims) != len(shape):
+                raise UsageError(f"the ONNX model's input {name} must be {dims}, got {shape}")
 
     def _placed(self, name: str, value: Tensor) -> Tensor:
         return value.detach().to(self.device, self.inputs[name]).contiguous()

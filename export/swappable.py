@@ -134,7 +134,7 @@ def _adapt(weight: ir.Value, lora_A: ir.Value, lora_B: ir.Value, on_weight: bool
     """Let every node that reads a weight read the factors too; return whether all were understood."""
     uses = list(weight.uses())
     for node, position in uses:
-        if is_op(node, "Conv") and position == 1:
+        if is_op(node, "Conv") and position == 1 and attribute(node, "group", 1) == 1:
             _adapt_conv(node, lora_A, lora_B)
         elif is_op(node, "Gemm") and position == 1 and attribute(node, "transB"):
             _adapt_gemm(node, lora_A, lora_B)
@@ -222,6 +222,8 @@ def _follow(
     new = ir.node(op_type, inputs, attributes)
     new.outputs[0].type, new.outputs[0].shape = out.type, out.shape
     position = inputs.index(out)
+    if out.is_graph_output():
+        out.name, new.outputs[0].name = f"{out.name}_without_adapter", out.name
     out.replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
     new.replace_input_with(position, out)
     assert node.graph is not None

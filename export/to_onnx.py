@@ -62,10 +62,14 @@ class _Job:
 
     @property
     def compared(self) -> Mapping[Adapter, float]:
-        """The adapters that the gate turns on; without any, one that every layer would show."""
-        return self.adapters or {
-            parity.synthetic_adapter(self.base, targets=self.layers or ("attention",)): 1.0
-        }
+        """The adapters that the gate turns on.
+
+        Where every layer is an input, every layer must show: one that changes them all comes with the given.
+        """
+        if self.adapters and not self.layers:
+            return self.adapters
+        every = parity.synthetic_adapter(self.base, targets=self.layers or ("attention",))
+        return {every: 1.0, **self.adapters}
 
 
 def export_onnx(
@@ -117,7 +121,7 @@ def export_onnx(
     _check_words(dtype, target, layers, swappable)
     if base.unet.dtype != torch.float32:
         raise UsageError(f"the base must be loaded in float32 to be exported, got {base.unet.dtype}")
-    loaded = _load(base, adapters)
+    loaded, named = _load(base, adapters)
     check_output(output_dir, overwrite)
     check_space(output_dir, _expected_bytes(base, dtype))
     job = _Job(
@@ -136,7 +140,9 @@ def export_onnx(
         with _quiet(), _on_cpu(base):
             report = _export(job, temporary)
         if swappable:
-            _write_adapters(adapters, temporary / "adapters", dtype)
+            for name, adapter in named.items():
+                kind = "float16" if dtype == "float16" else "float32"
+                write_onnx_adapter(adapter, temporary / "adapters" / name, dtype=kind)
         report = _described(job, adapters, report)
         report["seconds"] = round(time.perf_counter() - started, 1)
         report["peak_memory_mb"] = round(peak_memory_mb(torch.device("cpu")))
@@ -188,7 +194,9 @@ def _export(job: _Job, folder: Path) -> dict[str, Any]:
         report = parity.check(folder, record, dtype=job.dtype, models=twins, progress=progress)
     for name, entry in report["components"].items():
         entry |= {"bytes": folder_bytes(folder / name), **entries[name]}
-    return {"effect_of": "adapters" if job.adapters else "a synthetic adapter", **report}
+    given, synthetic = bool(job.adapters), bool(job.layers) or not job.adapters
+    words = [*(["the adapters"] if given else []), *(["a synthetic adapter"] if synthetic else [])]
+    return {"effect_of": " and ".join(words), **report}
 
 
 def _record(job: _Job) -> parity.Record:
@@ -288,31 +296,30 @@ def _targets_of(base: Base) -> list[str]:
     return found
 
 
-def _load(base: Base, adapters: Mapping[str | os.PathLike[str] | Adapter, float]) -> dict[Adapter, float]:
-    """Return the adapters read and checked; one of weight 0 is none."""
-    loaded = {
-        adapter if isinstance(adapter, Adapter) else lora.load_adapter(adapter): weight
-        for adapter, weight in adapters.items()
-        if weight != 0
-    }
-    for adapter in loaded:
+def _load(
+    base: Base, adapters: Mapping[str | os.PathLike[str] | Adapter, float]
+) -> tuple[dict[Adapter, float], dict[str, Adapter]]:
+    """Return the adapters read and checked with their weights, but for 0; and the files' by their stems."""
+    loaded: dict[Adapter, float] = {}
+    named: dict[str, Adapter] = {}
+    for given, weight in adapters.items():
+        adapter = given if isinstance(given, Adapter) else lora.load_adapter(given)
         lora.check_fits_pipeline(adapter, base.pipeline)
-    return loaded
+        if weight != 0:
+            loaded[adapter] = weight
+        if not isinstance(given, Adapter):
+            name = Path(given).stem
+            if name in named:
+                raise UsageError(
+                    f"two adapters are called {name}: the export tells them apart by name, rename one"
+                )
+            named[name] = adapter
+    return loaded, named
 
 
 def _trigger(adapter: Adapter) -> str | None:
     words = adapter.metadata.get("modelspec.trigger_phrase")
     return f"a photo of {words}" if words else None
-
-
-def _write_adapters(
-    adapters: Mapping[str | os.PathLike[str] | Adapter, float], folder: Path, dtype: str
-) -> None:
-    """Write the given files in ONNX Runtime's own format too."""
-    for adapter in adapters:
-        if not isinstance(adapter, Adapter):
-            kind = "float16" if dtype == "float16" else "float32"
-            write_onnx_adapter(lora.load_adapter(adapter), folder / Path(adapter).stem, dtype=kind)
 
 
 def _described(

@@ -42,6 +42,8 @@ def verify(
         dtype = str(report["dtype"])
         if dtype not in parity.TOLERANCE:
             raise ValueError(f"unknown dtype {dtype!r}")
+        if not isinstance(report.setdefault("verified", {}), dict):
+            raise TypeError("`verified` is no object")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BaseError(f"{path} cannot be read ({error}); export the model again") from None
     names = pick_providers(providers)
@@ -52,7 +54,7 @@ def verify(
         providers=names,
         progress=None if progress is None else lambda done, total: progress("verifying", done, total),
     )
-    report.setdefault("verified", {})[names[0]] = found
+    report["verified"][names[0]] = found
     if names[0] == "CUDAExecutionProvider":
         report["cuda"] = "verified"
     write_json(path, report)

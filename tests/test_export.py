@@ -176,16 +176,16 @@ def test_a_finished_export_replaces_an_older_one(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = tmp_path / "onnx"
-    old.mkdir()
+    (old / "unet").mkdir(parents=True)
     (old / REPORT_NAME).write_text("{}")
-    (old / "stale").write_text("")
+    (old / "unet" / "stale").write_text("")
     monkeypatch.setattr(to_onnx, "convert", made_nothing)
     entry: dict[str, Any] = {}
     components = {name: dict(entry) for name in component_graphs(base)}
     monkeypatch.setattr(parity, "check", lambda *args, **settings: {"components": components, "picture": {}})
     report = export_onnx(base, {}, old, overwrite=True)
     assert json.loads((old / REPORT_NAME).read_text()) == report
-    assert not (old / "stale").exists()
+    assert not (old / "unet" / "stale").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
 
 

@@ -68,7 +68,14 @@ def export(
     """
     weights = parse_adapters(adapters)
     if verify is not None:
-        if weights or base is not None or output_dir is not None or swappable:
+        context = click.get_current_context()
+        given = [
+            name
+            for name in context.params
+            if name not in ("verify", "onnx")
+            and context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+        ]
+        if given:
             raise UsageError("--verify FOLDER stands alone: the folder holds all that is compared")
         _verify(verify)
         return
@@ -84,7 +91,7 @@ def export(
             output_dir,
             dtype=dtype,
             swappable=swappable,
-            layers=[name.strip() for name in targets.split(",") if name.strip()] if targets else (),
+            layers=_targets(targets),
             target=target,
             overwrite=overwrite,
             progress=progress,
@@ -97,6 +104,15 @@ def export(
     click.echo(
         f'Try it: dbadapter generate --onnx {folder}{with_adapter} --prompt "..." --output-dir pictures'
     )
+
+
+def _targets(words: str | None) -> list[str]:
+    if words is None:
+        return []
+    names = [name.strip() for name in words.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"--targets must name layers, of {', '.join(TARGETS)}, got {words!r}")
+    return names
 
 
 def _verify(folder: Path) -> None:

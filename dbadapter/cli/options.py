@@ -98,7 +98,7 @@ def parse_adapters(values: tuple[str, ...]) -> dict[Any, float]:
             raise UsageError(f"--adapter {value}: the weight must be a number, got {text!r}") from None
         if not math.isfinite(weight):
             raise UsageError(f"--adapter {value}: the weight must be finite, got {text}")
-        if path in adapters:
+        if any(Path(path).resolve() == Path(given).resolve() for given in adapters):
             raise UsageError(f"--adapter {path} is given twice: give it once, with the sum of the weights")
         adapters[path] = weight
     return adapters

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from dbadapter.export.adapters import (
     read_onnx_adapter,
     write_onnx_adapter,
 )
-from dbadapter.export.parity import RECORD_NAME, TOLERANCE, relative_error, synthetic_adapter
+from dbadapter.export.parity import RECORD_NAME, TOLERANCE, Record, relative_error, synthetic_adapter
 from dbadapter.export.pipeline import REPORT_NAME
 from dbadapter.lora import TARGETS
 
@@ -210,6 +212,15 @@ def test_image_to_image_takes_the_parts(pipe: OnnxPipeline, exported: Exported) 
     assert np.abs(found[0] - found[1]).max() < 1e-4
 
 
+def test_threads_share_one_pipeline(pipe: OnnxPipeline) -> None:
+    """Each call has its own adapter, whatever the others do."""
+    alone = {name: drawn(pipe, adapters={name: 1.0}) for name in ("dog", "hat")}
+    names = ["dog", "hat"] * 4
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda name: drawn(pipe, adapters={name: 1.0}), names))
+    assert all(np.array_equal(alone[name], picture) for name, picture in zip(names, found, strict=True))
+
+
 def test_verify_needs_no_base(exported: Exported) -> None:
     found = verify(exported.folder, ["CPUExecutionProvider"])
     assert found["components"]["unet"]["relative_error"] <= TOLERANCE["float32"]
@@ -233,7 +244,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Exported:
 
 def test_given_adapters_lie_in_the_folder(small: Exported) -> None:
     assert small.report["adapters"] == [{"name": "dog.safetensors", "weight": 0.7}]
-    assert small.report["effect_of"] == "adapters"
+    assert small.report["effect_of"] == "the adapters and a synthetic adapter"
     factors = read_onnx_adapter(small.folder / "adapters" / "dog").factors
     expected = onnx_adapter(small.dog).factors  # the file rounds to float16
     assert factors.keys() == expected.keys()
@@ -292,6 +303,88 @@ def test_another_checkpoint_of_the_family_is_a_warning(small: Exported, tmp_path
         OnnxPipeline(small.folder).load_adapter("x", tmp_path / "x")
 
 
+def test_calls_that_the_graph_cannot_take_are_told_apart(small: Exported) -> None:
+    pipeline = load_onnx_pipeline(small.folder)
+    unet, sample, words = pipeline.unet, torch.zeros(1, 4, 8, 8), torch.zeros(1, 7, 32)
+    with pytest.raises(UsageError, match=r"input sample must be .*, got \(1, 5, 8, 8\)"):
+        unet(torch.zeros(1, 5, 8, 8), 1, words)
+    with pytest.raises(UsageError, match="input encoder_hidden_states must be"):
+        unet(sample, 1, torch.zeros(1, 7, 31))
+    unet(sample, 1, words)
+    with pytest.raises(UsageError, match="input encoder_hidden_states is missing"):
+        unet.runner({"sample": sample, "timestep": torch.tensor(1.0)}, {"out_sample": (1, 4, 8, 8)})
+    longest = int(pipeline.text_encoder.config.max_position_embeddings)
+    with pytest.raises(UsageError, match=f"{longest} tokens at the most, got {longest + 1}"):
+        pipeline.text_encoder(torch.zeros(1, longest + 1, dtype=torch.long))
+
+
+@pytest.mark.parametrize("weight", ["much", None, 1j, float("inf")])
+def test_weights_are_finite_numbers(small: Exported, tmp_path: Path, weight: Any) -> None:
+    pipe = OnnxPipeline(small.folder)
+    pipe.load_adapter("dog", small.folder / "adapters" / "dog")
+    with pytest.raises(UsageError, match="must be a finite number"):
+        pipe.set_adapters({"dog": weight})
+    with pytest.raises(UsageError, match="name -> weight"):
+        pipe.set_adapters(["dog"])  # type: ignore[arg-type]
+
+
+def test_two_files_of_one_name_are_refused_at_once(small: Exported, tmp_path: Path) -> None:
+    files = [tmp_path / name / "dog.safetensors" for name in ("one", "two")]
+    for file in files:
+        write_adapter(file, small.dog)
+    with pytest.raises(UsageError, match="two adapters are called dog"):
+        export_onnx(small.base, dict.fromkeys(files, 1.0), tmp_path / "onnx", swappable=True)
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_what_float16_cannot_hold_is_refused(small: Exported, tmp_path: Path) -> None:
+    huge = {name: LoraWeights(w.lora_A, w.lora_B, 1e9) for name, w in small.dog.modules.items()}
+    with pytest.raises(AdapterError, match="too large for float16: pass --dtype float32"):
+        write_onnx_adapter(Adapter("sd1", huge), tmp_path / "dog", dtype="float16")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_with_mixed_up_files_is_refused(small: Exported, tmp_path: Path) -> None:
+    folder = tmp_path / "onnx"
+    shutil.copytree(small.folder, folder)
+    shutil.copytree(folder / "text_encoder", folder / "unet", dirs_exist_ok=True)
+    with pytest.raises(BaseError, match=r"is no unet of ours: it takes input_ids"):
+        load_onnx_pipeline(folder)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said"),
+    [
+        ("settings", {"seed": None}, "its setting seed is missing"),
+        ("settings", {"height": "x"}, "its setting height"),
+        ("compared", (), "it compares nothing"),
+        ("compared", ("on", "zzz"), "it compares on,zzz"),
+        ("pictures", {}, "its picture 'off' is missing"),
+        ("outputs", {"off": {}, "on": {}}, "it lacks what torch gave for text_encoder, 'off'"),
+        ("inputs", {}, "has no case of text_encoder"),
+    ],
+)
+def test_a_record_that_is_not_whole_is_refused(
+    small: Exported, tmp_path: Path, part: str, change: Any, said: str
+) -> None:
+    folder = tmp_path / "onnx"
+    shutil.copytree(small.folder, folder)
+    record = Record.load(folder / RECORD_NAME)
+    setattr(record, part, record.settings | change if part == "settings" else change)
+    record.save(folder / RECORD_NAME)
+    with pytest.raises(ExportError, match=said):
+        verify(folder)
+    assert (folder / RECORD_NAME).stat().st_mode & 0o044  # others can verify too
+
+
+def test_an_overwritten_export_takes_nothing_else_away(small: Exported, tmp_path: Path) -> None:
+    folder = tmp_path / "onnx"
+    shutil.copytree(small.folder, folder)
+    (folder / "holiday.png").write_bytes(b"mine")
+    with pytest.raises(OutputError, match=r"holds holiday\.png, which is no part of an export"):
+        export_onnx(small.base, {}, folder, overwrite=True)
+
+
 def test_a_merged_export_takes_no_adapters(small: Exported) -> None:
     with pytest.raises(AdapterError, match="has its adapters merged; export the base with --swappable"):
         fitted_factors(onnx_adapter(small.dog), {}, "sd1", "dog")
@@ -304,8 +397,6 @@ def test_sizes_that_the_graph_cannot_take(small: Exported) -> None:
 
 
 def test_a_tampered_graph_does_not_pass_the_gate(small: Exported, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "onnx"
     shutil.copytree(small.folder, folder)
     data = folder / "unet" / "model.onnx.data"
