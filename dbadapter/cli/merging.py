@@ -128,7 +128,7 @@ def _bake(
 @click.option("--tuned", required=True, metavar="FOLDER", help="The fine-tuned model, as BASE.")
 @click.option("--rank", type=click.IntRange(min=1), metavar="N", help="Rank of every layer.")
 @click.option("--energy", type=float, metavar="X",
-              help="Or the share of each layer's squared change to keep, e.g. 0.95: it picks the rank.")  # fmt: skip
+              help="Or the share of each layer's squared change to keep, e.g. 0.95.")  # fmt: skip
 @click.option("--output", required=True, type=FilePath(), metavar="OUT.safetensors", help="The adapter.")
 @dtype_option
 @overwrite_option
