@@ -134,8 +134,8 @@ def write_merged(path: str | PathLike[str], merged: Merged, *, overwrite: bool =
     """
     if merged.adapter.family == "unknown":
         raise AdapterError(
-            "None of the files says which family of bases it is for, nor do its layers: merge it together with "
-            "an adapter that says it"
+            "None of the files says which family of bases it is for, nor do its layers: merge it together "
+            "with an adapter that says it"
         )
     write_adapter(path, merged.adapter, dtype=dtype_of(merged.adapter), overwrite=overwrite)
 
