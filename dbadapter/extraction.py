@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dbadapter import keys, low_rank
 from dbadapter.adapter import Adapter, LoraWeights, adaptable_layers, same_family
-from dbadapter.base import Base
+from dbadapter.base import Base, pick_device
 from dbadapter.errors import BaseError, UsageError
 from dbadapter.low_rank import Factors
 from dbadapter.merging import common_alpha, lora_weights
@@ -84,7 +84,8 @@ def extract(
     found: dict[str, tuple[Factors, tuple[int, ...]]] = {}
     kept: dict[str, tuple[float, float]] = {}
     for number, (name, (before, after)) in enumerate(changed.items()):
-        change = (after.double() - before.double()).flatten(1)
+        # Layer by layer to where it is fast; both models together may not fit there.
+        change = (after.double() - before.double()).flatten(1).to(pick_device())
         product, *energies = _nearest(change, rank, energy)
         # In float32 while the rest is done: float64 would double the memory.
         found[name] = Factors(product.lora_A.float().cpu(), product.lora_B.float().cpu()), tuple(after.shape)

@@ -26,7 +26,7 @@ from dbadapter.model_folder import write_vocabulary
 from dbadapter.single_file import CONFIGS
 from dbadapter.single_file_keys import Source
 
-__all__ = ["check_single_file_output", "write_single_file"]
+__all__ = ["check_single_file_output", "is_published", "ldm_tensors", "write_single_file"]
 
 # Of a model's configuration: what says where it came from, or by what it was written.
 _ABOUT = ("architectures", "dtype", "sample_size", "torch_dtype", "transformers_version", "use_safetensors")
@@ -75,7 +75,7 @@ def write_single_file(
         OutputError: it exists already, or cannot be written; nothing half-written stays.
     """
     check_single_file_output(file, overwrite)
-    tensors = _ldm_tensors(base)
+    tensors = ldm_tensors(base)
     header = _header(base, file.stem) | dict(metadata or {})
     folder = file.with_suffix("")
     with _replacing(file, folder) as (partial, configs):
@@ -83,13 +83,13 @@ def write_single_file(
         partial.chmod(0o644)  # save_file may make it readable for its owner only
         with partial.open("rb") as written:
             os.fsync(written.fileno())
-        if _is_published(base):
+        if is_published(base):
             return None
         _write_configs(base, configs)
     return folder
 
 
-def _ldm_tensors(base: Base) -> dict[str, Tensor]:
+def ldm_tensors(base: Base) -> dict[str, Tensor]:
     """Return every parameter of the base under LDM's keys, with what marks its prediction."""
     tensors: dict[str, Tensor] = {}
     thirds: dict[str, dict[int, Tensor]] = {}
@@ -148,7 +148,7 @@ def _header(base: Base, name: str) -> dict[str, str]:
     }
 
 
-def _is_published(base: Base) -> bool:
+def is_published(base: Base) -> bool:
     """Tell whether the configs of the family in `configs/` say of the base what its own do."""
     if base.family not in _ARCHITECTURES:
         return False

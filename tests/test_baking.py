@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from command_line import assert_refused, run, tree
+from diffusers import DDIMScheduler
+from ldm import ldm_state, write_header
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_bases import FAMILIES, Family, write_tiny_base
 from torch import Tensor
 
+from benchmarks import true_size
 from dbadapter import lora, single_file_writing
 from dbadapter.adapter import Adapter
 from dbadapter.adapter_file import write_adapter
@@ -23,6 +27,7 @@ from dbadapter.base import Base, load_base
 from dbadapter.errors import AdapterError, OutputError
 from dbadapter.export.parity import synthetic_adapter
 from dbadapter.merging import RECORD
+from dbadapter.single_file import CONFIGS, check_single_file, inspect_single_file
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +141,35 @@ def test_diffusers_reads_the_whole_pipeline(folders: dict[str, Path], tmp_path: 
         got = getattr(pipeline, name).state_dict()
         for key, value in model.state_dict().items():
             assert torch.equal(got[key], value), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_name_of_the_true_sizes_has_its_place(tmp_path: Path, family: Family) -> None:
+    """Every key and shape is that of a published file, and our reader finds every weight."""
+    models = {
+        part: true_size.build(family, part, device="meta")
+        for part in ("unet", "vae", "text_encoder", *(["text_encoder_2"] if family == "sdxl" else []))
+    }
+    scheduler = DDIMScheduler.from_config(
+        json.loads((CONFIGS / family / "scheduler" / "scheduler_config.json").read_text())
+    )
+    base = Base("true", family, SimpleNamespace(scheduler=scheduler, **models))
+    tensors = single_file_writing.ldm_tensors(base)
+    published = ldm_state(models, sd2=family == "sd2")
+    assert all(published[key].shape == tensor.shape for key, tensor in tensors.items())
+    file = write_header(tmp_path / "file.safetensors", tensors)
+    check_single_file(inspect_single_file(file, prediction_type="epsilon"))
+    assert single_file_writing.is_published(base)
+
+
+def test_toybox_as_a_single_file(tmp_path: Path) -> None:
+    base = load_base("toybox", device="cpu")
+    bake(base, {synthetic_adapter(base, rank=2): 0.5})
+    assert write_base(base, tmp_path / "model.safetensors") == tmp_path / "model"
+    read = load(tmp_path / "model.safetensors")
+    assert read.family == "sd1"  # how it is built
+    assert_same(state(read), state(base))
+    assert read.resolution == base.resolution
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])

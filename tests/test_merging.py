@@ -13,13 +13,15 @@ from command_line import assert_refused, run, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from tiny_bases import write_tiny_base
 from torch import Tensor
 
-from dbadapter import lora
+from dbadapter import keys, lora
 from dbadapter.adapter import Adapter, LoraWeights
 from dbadapter.adapter_file import AdapterDescription, read_adapter, write_adapter
-from dbadapter.base import Base
+from dbadapter.base import Base, load_base
 from dbadapter.errors import AdapterError, UsageError
+from dbadapter.export.parity import synthetic_adapter
 from dbadapter.merging import RECORD, merge, write_merged
 
 BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
@@ -253,6 +255,17 @@ def test_toybox_and_sd1_give_sd1() -> None:
 # --- on a model
 
 
+def test_generate_takes_several(files: list[Path], tmp_path: Path, tiny_base_folder: Path) -> None:
+    words = ["generate", "--base", tiny_base_folder, "--prompt", "a dog", "--num-inference-steps", "2"]
+    one = ["--adapter", f"{files[0]}=0.7"]
+    two = [*one, "--adapter", f"{files[1]}=0.5"]
+    for name, adapters in (("none", []), ("one", one), ("two", two)):
+        result = run(*words, *adapters, "--output-dir", tmp_path / name)
+        assert result.exit_code == 0, result.stderr
+    pictures = {(tmp_path / name / "0000.png").read_bytes() for name in ("none", "one", "two")}
+    assert len(pictures) == 3
+
+
 def predict(pipeline: Any) -> Tensor:
     """Return the UNet's output, the text encoder's in it."""
     generator = torch.Generator().manual_seed(3)
@@ -301,6 +314,32 @@ def test_two_adapters_at_once_and_off_again_bit_for_bit(tiny_base: Base) -> None
     after = pipeline.unet.state_dict()
     assert after.keys() == weights.keys()
     assert all(torch.equal(value, weights[name]) for name, value in after.items())
+
+
+def test_an_sdxl_file_of_mixed_ranks_arrives_in_diffusers(tmp_path: Path) -> None:
+    """What each layer of all three models adds there, weight by weight."""
+    from diffusers import StableDiffusionXLPipeline
+    from peft.tuners.lora import LoraLayer
+
+    folder = write_tiny_base(tmp_path / "base", "sdxl", clip_vocabulary=False)
+    base = load_base(str(folder), device="cpu")
+    small = synthetic_adapter(base, rank=2, seed=1, targets=("attention",))
+    large = synthetic_adapter(base, rank=5, seed=2, targets=("attention", "feed-forward", "proj", "conv"))
+    given = {small: 0.7, large: 0.5}
+    path = tmp_path / "both.safetensors"
+    write_merged(path, merge(given, dtype=torch.float32))
+    assert {weights.rank for weights in read_adapter(path).modules.values()} == {5, 7}
+    pipeline: Any = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+    pipeline.load_lora_weights(str(tmp_path), weight_name=path.name)
+    wanted, seen = reference(given), set()
+    for component in ("unet", "text_encoder", "text_encoder_2"):
+        for module, layer in getattr(pipeline, component).named_modules():
+            if isinstance(layer, LoraLayer):
+                name = keys.canonical_module(component, module)
+                got = layer.get_delta_weight("default_0").detach().double().flatten(1)
+                assert relative(got, wanted[name]) < 1e-5, name
+                seen.add(name)
+    assert seen == wanted.keys()
 
 
 # --- refusals

@@ -113,7 +113,7 @@ def _bake(
     from dbadapter.merging import DTYPES
 
     check_base_output(output, overwrite)
-    base = load_base(spec, dtype=DTYPES[dtype], prediction_type=prediction_type)
+    base = load_base(spec, device="cpu", dtype=DTYPES[dtype], prediction_type=prediction_type)
     record = bake(base, weights)
     beside = write_base(base, output, record=record, overwrite=overwrite)
     click.echo(f"{base.name} with {len(record['adapters'])} of its adapters inside: {output}, {dtype}")
@@ -149,7 +149,7 @@ def extract(
 
     \b
     Example:
-      dbadapter extract --base sd15 --tuned my-dog/model --rank 32 --output my-dog.safetensors
+      dbadapter extract --tuned my-dog/model --rank 32 --output my-dog.safetensors
     """
     if (rank is None) == (energy is None):
         raise UsageError("give either --rank N or --energy X")
@@ -163,8 +163,8 @@ def extract(
 
     with progress_bars() as progress:
         found = extract_adapter(
-            load_base(base, prediction_type=prediction_type),
-            load_base(tuned, prediction_type=prediction_type),
+            load_base(base, device="cpu", prediction_type=prediction_type),
+            load_base(tuned, device="cpu", prediction_type=prediction_type),
             rank=rank,
             energy=energy,
             dtype=DTYPES[dtype],
