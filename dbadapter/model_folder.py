@@ -52,6 +52,8 @@ def write_model_folder(
                 write_vocabulary(tokenizer, partial / name)
         for name, text in (extra or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
+        for weights in partial.rglob("*.safetensors"):
+            weights.chmod(0o644)  # safetensors makes files that their owner alone can read
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
             folder.replace(old)
@@ -70,7 +72,6 @@ def _prefix_text_encoder(folder: Path) -> None:
     for weights in folder.glob("model*.safetensors"):
         tensors = {_prefixed(key): value for key, value in load_file(weights).items()}
         save_file(tensors, weights, metadata={"format": "pt"})
-        weights.chmod(0o644)  # save_file makes it readable for its owner only
     index = folder / "model.safetensors.index.json"  # where it is in several files
     if index.is_file():
         content = json.loads(index.read_text(encoding="utf-8"))

@@ -48,14 +48,14 @@ def check_single_file_output(file: Path, overwrite: bool) -> None:
     folder = file.with_suffix("")
     if file.is_dir():
         raise OutputError(f"{file} is a folder; expected a file to write: pass another --output-base")
-    for path in (file, folder):
-        if path.exists() and not overwrite:
-            raise OutputError(f"{path} exists already: pass --overwrite or another --output-base")
     if folder.is_file() or (folder.is_dir() and not _only_configs(folder)):
         raise OutputError(
             f"{folder} holds more than configs, and a reader of {file.name} would take it for its own: pass "
             "another --output-base"
         )
+    for path in (file, folder):
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} exists already: pass --overwrite or another --output-base")
 
 
 def write_single_file(

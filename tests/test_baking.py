@@ -98,6 +98,7 @@ def test_a_folder_and_a_file_hold_base_plus_sum(
         said = opened.metadata()
     assert json.loads(said[RECORD]) == json.loads((tmp_path / "folder" / NOTE).read_text()) == record
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "file.safetensors", "folder"]
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.safetensors")} == {0o644}
 
     # Back again, by the adapters' negative weights.
     for path in (tmp_path / "folder", file):
@@ -255,8 +256,11 @@ def test_a_failed_write_leaves_the_earlier_file(
     file = tmp_path / "file.safetensors"
     write_base(base, file)
     content, before = file.read_bytes(), tree(tmp_path)
-    with pytest.raises(OutputError, match=r"exists already: pass --overwrite"):
-        write_base(base, file)
+    for taken in (file, tmp_path / "folder.safetensors"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        with pytest.raises(OutputError, match=r"exists already: pass --overwrite"):
+            write_base(base, taken)
+    (tmp_path / "folder").rmdir()
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -277,7 +281,7 @@ def test_the_command_bakes_and_takes_out_again(folders: dict[str, Path], tmp_pat
     words = ["merge", f"{path}=0.8", "--base", folders["sd1"], "--output-base", tmp_path / "baked"]
     result = run(*words, "--dtype", "float32")
     assert result.exit_code == 0, result.stderr
-    assert "sd1 with 1 of its adapters inside" in result.stdout
+    assert "sd1 with 1 adapter inside" in result.stdout
     assert_refused(run(*words), 1, "baked exists already", "--overwrite")
     lora.merge_into(base.pipeline, path, 0.8)
     assert_same(state(load(tmp_path / "baked")), state(base), 1e-6)

@@ -116,7 +116,8 @@ def _bake(
     base = load_base(spec, device="cpu", dtype=DTYPES[dtype], prediction_type=prediction_type)
     record = bake(base, weights)
     beside = write_base(base, output, record=record, overwrite=overwrite)
-    click.echo(f"{base.name} with {len(record['adapters'])} of its adapters inside: {output}, {dtype}")
+    number = "1 adapter" if len(record["adapters"]) == 1 else f"{len(record['adapters'])} adapters"
+    click.echo(f"{base.name} with {number} inside: {output}, {dtype}")
     if beside is not None:
         click.echo(f"Keep {beside} beside it: it says how this model is built, which the file cannot")
 
