@@ -107,7 +107,7 @@ def merge(
         modules[name] = lora_weights(name, kept, shapes[name], alpha, dtype)
         sizes = sum(abs(weight) * low_rank.norm(factors) for factors, weight in parts)
         measured[name] = (
-            low_rank.distance(total, scaled(modules[name])),
+            low_rank.distance(total, _scaled(modules[name])),
             low_rank.norm(total),
             sizes,
         )
@@ -137,10 +137,10 @@ def write_merged(path: str | PathLike[str], merged: Merged, *, overwrite: bool =
             "None of the files says which family of bases it is for, nor do its layers: merge it together "
             "with an adapter that says it"
         )
-    write_adapter(path, merged.adapter, dtype=dtype_of(merged.adapter), overwrite=overwrite)
+    write_adapter(path, merged.adapter, dtype=_dtype_of(merged.adapter), overwrite=overwrite)
 
 
-def dtype_of(adapter: Adapter) -> torch.dtype:
+def _dtype_of(adapter: Adapter) -> torch.dtype:
     """Return the dtype of an adapter's factors."""
     return next(iter(adapter.modules.values())).lora_A.dtype
 
@@ -175,7 +175,7 @@ def lora_weights(
     return LoraWeights(a.reshape(-1, *shape[1:]), b.reshape(*b.shape, *ones).contiguous(), alpha)
 
 
-def scaled(lora: LoraWeights) -> Factors:
+def _scaled(lora: LoraWeights) -> Factors:
     """Return a layer's factors as a product without a scale, in float64."""
     a, b = _flat(lora)
     return Factors(a.double(), b.double() * lora.scaling)

@@ -69,8 +69,8 @@ def test_unknown_families_are_refused(tmp_path: Path) -> None:
 def test_a_task_that_fails_says_why(tmp_path: Path) -> None:
     import click
 
-    with pytest.raises(click.ClickException, match="merge-ours failed"):
-        merging.run("merge-ours", {"ours": {}}, tmp_path, 1)
+    with pytest.raises(click.ClickException, match="no-such-task failed"):
+        merging.run("no-such-task", {}, tmp_path, 1)
 
 
 def test_the_files_of_both_sides_hold_the_same(tmp_path: Path) -> None:

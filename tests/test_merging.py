@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from command_line import assert_refused, run, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from sums import CONV, PROJ, Q_PROJ, SHAPES, TO_K, TO_Q, adapter, flat, reference, relative
 from tiny_bases import write_tiny_base
 from torch import Tensor
 
@@ -23,54 +22,6 @@ from dbadapter.base import Base, load_base
 from dbadapter.errors import AdapterError, UsageError
 from dbadapter.export.parity import synthetic_adapter
 from dbadapter.merging import RECORD, merge, write_merged
-
-BLOCK = "unet.down_blocks.0.attentions.0.transformer_blocks.0"
-TO_Q, TO_K = f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn2.to_k"
-PROJ = "unet.down_blocks.0.attentions.0.proj_in"
-CONV = "unet.down_blocks.0.resnets.0.conv1"
-Q_PROJ = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
-# Weights' shapes, those of the base in conftest.
-SHAPES = {TO_Q: (32, 32), TO_K: (32, 32), PROJ: (32, 32, 1, 1), CONV: (32, 32, 3, 3), Q_PROJ: (32, 32)}
-
-
-def adapter(
-    seed: int = 0,
-    *,
-    ranks: dict[str, int] | None = None,
-    alpha: float = 3.0,
-    scale: float = 0.1,
-    family: str = "sd1",
-    dtype: torch.dtype = torch.float32,
-    metadata: dict[str, str] | None = None,
-) -> Adapter:
-    """Return an adapter with these ranks; `alpha` is the same in all layers."""
-    generator = torch.Generator().manual_seed(seed)
-    modules = {}
-    for name, rank in (ranks or dict.fromkeys(SHAPES, 4)).items():
-        out, *inner = SHAPES[name]
-        a = torch.randn(rank, *inner, generator=generator) * scale
-        b = torch.randn(out, rank, *[1] * (len(inner) - 1), generator=generator) * scale
-        modules[name] = LoraWeights(a.to(dtype), b.to(dtype), alpha)
-    return Adapter(family, modules, metadata or {})
-
-
-def flat(weights: LoraWeights) -> Tensor:
-    """Return what a layer adds, in float64, as a matrix."""
-    a, b = weights.lora_A.double().flatten(1), weights.lora_B.double().flatten(1)
-    return (b @ a) * (weights.alpha / weights.rank)
-
-
-def reference(adapters: dict[Adapter, float]) -> dict[str, Tensor]:
-    """Return the weighted sum of whole matrices, layer by layer."""
-    total: dict[str, Tensor] = {}
-    for each, weight in adapters.items():
-        for name, weights in each.modules.items():
-            total[name] = total.get(name, torch.zeros(())) + weight * flat(weights)
-    return total
-
-
-def relative(got: Tensor, wanted: Tensor) -> float:
-    return float((got - wanted).norm() / wanted.norm())
 
 
 @pytest.fixture
@@ -255,17 +206,6 @@ def test_toybox_and_sd1_give_sd1() -> None:
 # --- on a model
 
 
-def test_generate_takes_several(files: list[Path], tmp_path: Path, tiny_base_folder: Path) -> None:
-    words = ["generate", "--base", tiny_base_folder, "--prompt", "a dog", "--num-inference-steps", "2"]
-    one = ["--adapter", f"{files[0]}=0.7"]
-    two = [*one, "--adapter", f"{files[1]}=0.5"]
-    for name, adapters in (("none", []), ("one", one), ("two", two)):
-        result = run(*words, *adapters, "--output-dir", tmp_path / name)
-        assert result.exit_code == 0, result.stderr
-    pictures = {(tmp_path / name / "0000.png").read_bytes() for name in ("none", "one", "two")}
-    assert len(pictures) == 3
-
-
 def predict(pipeline: Any) -> Tensor:
     """Return the UNet's output, the text encoder's in it."""
     generator = torch.Generator().manual_seed(3)
@@ -380,92 +320,3 @@ def test_impossible_calls() -> None:
     ):
         with pytest.raises(UsageError, match=words):
             call()
-
-
-# --- the command line
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[Path]:
-    for number in (1, 2):
-        write_adapter(tmp_path / f"{number}.safetensors", adapter(number), sidecars=False)
-    return [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
-
-
-def test_the_command_prints_what_it_made(files: list[Path], tmp_path: Path) -> None:
-    words = ["merge", f"{files[0]}=0.7", f"{files[1]}=-0.5", "--output", tmp_path / "both.safetensors"]
-    result = run(*words)
-    assert result.exit_code == 0, result.stderr
-    assert "2 adapters in" in result.stdout
-    assert "5 layers, rank 8; exact but for rounding, float16: relative error" in result.stdout
-    assert_refused(run(*words), 1, "exists already", "--overwrite")
-    assert run(*words, "--overwrite", "--dtype", "float32").exit_code == 0
-    read = read_adapter(tmp_path / "both.safetensors")
-    wanted = reference({read_adapter(files[0]): 0.7, read_adapter(files[1]): -0.5})
-    assert all(relative(flat(read.modules[name]), matrix) < 1e-6 for name, matrix in wanted.items())
-
-
-def test_the_command_tells_what_a_smaller_rank_costs(files: list[Path], tmp_path: Path) -> None:
-    result = run("merge", files[0], "--rank", "2", "--output", tmp_path / "small.safetensors")
-    assert result.exit_code == 0, result.stderr
-    *lines, last = result.stdout.splitlines()
-    before, after = read_adapter(files[0]), read_adapter(tmp_path / "small.safetensors")
-    assert len(lines) == len(before.modules)
-    for line in lines:
-        error, _, rank, name = line.split()
-        wanted = flat(before.modules[name])
-        assert int(rank) == 2
-        assert float(error) == pytest.approx(relative(flat(after.modules[name]), wanted), rel=1e-3)
-    told = json.loads(after.metadata[RECORD])["relative_error"]
-    assert float(last.rpartition(" ")[2]) == pytest.approx(told, rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("words", "code", "part"),
-    [
-        ([], 2, "either --output"),
-        (["--output", "o.safetensors", "--output-base", "o"], 2, "either --output"),
-        (["--output", "o.safetensors", "--base", "toybox"], 2, "go with --output-base"),
-        (["--output-base", "o"], 2, "needs --base"),
-        (["--output-base", "o", "--base", "toybox", "--rank", "2"], 2, "--rank is for --output"),
-        (["--output", "o.safetensors", "--rank", "0"], 2, "--rank"),
-        (["--output", "o.pt"], 1, "must end in .safetensors"),
-        (["gone.safetensors", "--output", "o.safetensors"], 1, "gone.safetensors does not exist"),
-        (
-            ["other.safetensors=half", "--output", "o.safetensors"],
-            2,
-            "merge other.safetensors=half: the weight",
-        ),
-        (["1.safetensors", "--output", "o.safetensors"], 2, "is given twice"),
-        (["broken.safetensors", "--output", "o.safetensors"], 1, "broken.safetensors"),
-        (["nan.safetensors", "--output", "o.safetensors"], 1, "nan.safetensors"),
-        (["xl.safetensors", "--output", "o.safetensors"], 1, "xl.safetensors for sdxl"),
-    ],
-)
-def test_refusals(
-    files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], code: int, part: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    content = files[0].read_bytes()
-    Path("broken.safetensors").write_bytes(content[: len(content) // 2])
-    key = "lora_unet_mid_block_attentions_0_proj_in"
-    save_file(
-        {
-            f"{key}.lora_down.weight": torch.full((2, 3), math.nan),
-            f"{key}.lora_up.weight": torch.ones(3, 2),
-        },
-        "nan.safetensors",
-    )
-    write_adapter("xl.safetensors", adapter(1, family="sdxl", ranks={TO_K: 2}), sidecars=False)
-    before = tree(tmp_path)
-    assert_refused(run("merge", "1.safetensors", *words), code, part)
-    assert tree(tmp_path) == before
-
-
-def test_a_family_that_nobody_says(tmp_path: Path) -> None:
-    key = "lora_unet_mid_block_attentions_0_proj_in"
-    tensors = {f"{key}.lora_down.weight": torch.ones(2, 3), f"{key}.lora_up.weight": torch.ones(3, 2)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    result = run("merge", tmp_path / "a.safetensors", "--output", tmp_path / "b.safetensors")
-    assert_refused(result, 1, "which family of bases")
-    assert not (tmp_path / "b.safetensors").exists()
