@@ -169,7 +169,12 @@ def error_of(output: Path, settings: dict[str, Any]) -> float:
 
 
 @click.command()
-@click.option("--families", default=",".join(FAMILIES), show_default=True, help="Whose adapters are merged.")
+@click.option(
+    "--families",
+    default=",".join(FAMILIES),
+    show_default=True,
+    help="Whose adapters are merged; may be empty.",
+)
 @click.option(
     "--bake", "baked", default="sd1", show_default=True, help="Whose bases are baked; may be empty."
 )
@@ -194,7 +199,7 @@ def main(
 ) -> None:
     """Measure merging and baking beside PEFT's and diffusers' and print JSON."""
     chosen, bases = (["toybox"], ["toybox"]) if quick else (families.split(","), baked.split(","))
-    bases = [name for name in bases if name]
+    chosen, bases = [name for name in chosen if name], [name for name in bases if name]
     if unknown := [name for name in [*chosen, *bases] if name not in (*FAMILIES, "toybox")]:
         raise click.UsageError(f"unknown families {', '.join(unknown)}; known: {', '.join(FAMILIES)}")
     rounds = 1 if quick else rounds

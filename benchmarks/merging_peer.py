@@ -92,6 +92,7 @@ def merge_with_ours(settings: dict[str, Any]) -> dict[str, float]:
     loaded = time.perf_counter()
     result = merge(adapters, rank=settings["rank"] or None)
     merged = time.perf_counter()
+    del adapters  # as the command, which knows them by their files only
     write_merged(settings["output"], result, overwrite=True)
     return {"read": loaded - begin, "merge": merged - loaded, "write": time.perf_counter() - merged}
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers import ModelMixin
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from dbadapter.errors import OutputError
 
@@ -37,7 +39,7 @@ def write_model_folder(
         pipeline: its models stay as they are.
         folder: replaced if it is there.
         extra: name -> text of files that go into it besides.
-        max_shard_size: weights larger than that are split into files of at most this size.
+        max_shard_size: a UNet or VAE larger than that is split into files of at most this size.
         cure: what the message says to do where there is no room.
     Raises:
         OutputError: it cannot be written; nothing half-written stays.
@@ -45,11 +47,7 @@ def write_model_folder(
     partial, old = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "old"))
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        pipeline.save_pretrained(partial, max_shard_size=max_shard_size)
-        _prefix_text_encoder(partial / "text_encoder")
-        for name in ("tokenizer", "tokenizer_2"):
-            if (tokenizer := getattr(pipeline, name, None)) is not None:
-                write_vocabulary(tokenizer, partial / name)
+        _write_parts(pipeline, partial, max_shard_size)
         for name, text in (extra or {}).items():
             (partial / name).write_text(text, encoding="utf-8")
         for weights in partial.rglob("*.safetensors"):
@@ -68,15 +66,30 @@ def write_model_folder(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _prefix_text_encoder(folder: Path) -> None:
-    for weights in folder.glob("model*.safetensors"):
-        tensors = {_prefixed(key): value for key, value in load_file(weights).items()}
-        save_file(tensors, weights, metadata={"format": "pt"})
-    index = folder / "model.safetensors.index.json"  # where it is in several files
-    if index.is_file():
-        content = json.loads(index.read_text(encoding="utf-8"))
-        content["weight_map"] = {_prefixed(key): file for key, file in content["weight_map"].items()}
-        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _write_parts(pipeline: Any, folder: Path, max_shard_size: str) -> None:
+    """Write every part into a folder of its name, as the pipeline's own `save_pretrained` does."""
+    for name, part in pipeline.components.items():
+        if part is None:
+            continue
+        if name == "text_encoder":
+            _write_text_encoder(part, folder / name)
+        elif isinstance(part, ModelMixin):
+            part.save_pretrained(folder / name, max_shard_size=max_shard_size)
+        else:
+            part.save_pretrained(folder / name)
+        if name.startswith("tokenizer"):
+            write_vocabulary(part, folder / name)
+    pipeline.save_config(folder)
+
+
+def _write_text_encoder(model: Any, folder: Path) -> None:
+    """Write a CLIPTextModel with `text_model.` in its keys, straight from memory."""
+    folder.mkdir(parents=True)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    state = {_prefixed(key): value.contiguous() for key, value in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def _prefixed(key: str) -> str:
