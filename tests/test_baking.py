@@ -113,24 +113,6 @@ def test_a_file_is_what_diffusers_reads(folders: dict[str, Path], tmp_path: Path
     import diffusers
 
     base = load(folders[family])
-    bake(base, adapters(base))
-    file = tmp_path / "file.safetensors"
-    write_base(base, file)
-    for part, kind in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL)):
-        model = kind.from_single_file(
-            str(file), config=str(tmp_path / "file"), subfolder=part, local_files_only=True
-        )
-        wanted = getattr(base, part).state_dict()
-        got = model.state_dict()
-        assert got.keys() == wanted.keys()
-        assert all(torch.equal(got[name], value) for name, value in wanted.items())
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_diffusers_reads_the_whole_pipeline(folders: dict[str, Path], tmp_path: Path, family: Family) -> None:
-    import diffusers
-
-    base = load(folders[family])
     file = tmp_path / "file.safetensors"
     write_base(base, file)
     kind = type(base.pipeline)
@@ -138,10 +120,10 @@ def test_diffusers_reads_the_whole_pipeline(folders: dict[str, Path], tmp_path: 
     pipeline = kind.from_single_file(
         str(file), config=str(tmp_path / "file"), local_files_only=True, safety_checker=None
     )
-    for name, model in base.text_encoders.items():
-        got = getattr(pipeline, name).state_dict()
-        for key, value in model.state_dict().items():
-            assert torch.equal(got[key], value), key
+    for name, model in {"unet": base.unet, "vae": base.vae, **base.text_encoders}.items():
+        got, wanted = getattr(pipeline, name).state_dict(), model.state_dict()
+        assert got.keys() == wanted.keys()
+        assert all(torch.equal(got[key], value) for key, value in wanted.items()), name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
