@@ -85,8 +85,13 @@ adapter_option = click.option(
 )
 
 
-def parse_adapters(values: tuple[str, ...]) -> dict[Any, float]:
-    """Return file -> weight; a `=` inside an existing file's name is part of the name."""
+def parse_adapters(values: tuple[str, ...], said: str = "--adapter") -> dict[Any, float]:
+    """Return file -> weight; a `=` inside an existing file's name is part of the name.
+
+    Args:
+        values: as given.
+        said: what stands before them, for messages.
+    """
     adapters: dict[str, float] = {}
     for value in values:
         path, equals, text = value.rpartition("=")
@@ -95,11 +100,11 @@ def parse_adapters(values: tuple[str, ...]) -> dict[Any, float]:
         try:
             weight = float(text)
         except ValueError:
-            raise UsageError(f"--adapter {value}: the weight must be a number, got {text!r}") from None
+            raise UsageError(f"{said} {value}: the weight must be a number, got {text!r}") from None
         if not math.isfinite(weight):
-            raise UsageError(f"--adapter {value}: the weight must be finite, got {text}")
+            raise UsageError(f"{said} {value}: the weight must be finite, got {text}")
         if any(Path(path).resolve() == Path(given).resolve() for given in adapters):
-            raise UsageError(f"--adapter {path} is given twice: give it once, with the sum of the weights")
+            raise UsageError(f"{said} {path} is given twice: give it once, with the sum of the weights")
         adapters[path] = weight
     return adapters
 
