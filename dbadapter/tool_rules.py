@@ -21,7 +21,7 @@ __all__ = ["FAMILIES", "AdapterFile", "Outcome", "outcomes", "tools"]
 # The bases that the rules speak of; toybox is a small SD1.
 FAMILIES = ("sd1", "sd2", "sdxl")
 
-_SELECTORS = ("layout", "prefix", "component", "kind", "names", "algorithm", "part")
+_SELECTORS = ("layout", "prefix", "component", "kind", "layer", "names", "algorithm", "part")
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,9 @@ def _outcome(tool: Mapping[str, Any], file: AdapterFile) -> Outcome:
     reasons: Counter[tuple[str, str]] = Counter()
     loaded = 0
     refused: tuple[str, str] | None = None
+    rules = [r for r in tool.get("tensor", ()) if "when" not in r or _CONDITIONS[r["when"]](file, 0)]
     for entry in file.entries:
-        rule = _rule_for(tool, entry, groups.get(entry.module, ""), file.family)
+        rule = _rule_for(rules, entry, groups.get(entry.module, ""), file.family)
         if rule["result"] == "loaded":
             loaded += 1
         elif rule["result"] == "refused" and refused is None:
@@ -139,14 +140,14 @@ _NO_LAYER = {"result": "ignored", "reason": "no layer of such a base", "source":
 _LOADED = {"result": "loaded"}
 
 
-def _rule_for(tool: Mapping[str, Any], entry: Entry, algorithm: str, family: str) -> Mapping[str, Any]:
-    """Return the first of the tool's rules that fits the tensor."""
+def _rule_for(
+    rules: Sequence[Mapping[str, Any]], entry: Entry, algorithm: str, family: str
+) -> Mapping[str, Any]:
+    """Return the first rule that fits the tensor."""
     own = {name: getattr(entry, name) for name in _SELECTORS} | {"algorithm": algorithm, "family": family}
-    for rule in tool.get("tensor", ()):
-        fits = all(own[name] in rule[name] for name in own if name in rule)
-        if fits:
-            checked: Mapping[str, Any] = rule
-            return checked
+    for rule in rules:
+        if all(own[name] in rule[name] for name in own if name in rule):
+            return rule
     missing = entry.layer is None or (entry.component == "text_encoder_2" and family != "sdxl")
     return _NO_LAYER if missing else _LOADED
 
@@ -179,13 +180,36 @@ def _no_word_lora(file: AdapterFile, missed: int) -> bool:
 
 def _text_encoder_without_out_proj(file: AdapterFile, missed: int) -> bool:
     """A kohya file's text encoder has attention layers, and neither an out_proj nor an MLP among them."""
+    return _lacks_out_proj(file, mlp=False)
+
+
+def _text_encoder_with_mlp_only(file: AdapterFile, missed: int) -> bool:
+    return _lacks_out_proj(file, mlp=True)
+
+
+def _lacks_out_proj(file: AdapterFile, *, mlp: bool) -> bool:
     if not _kohya(file):
         return False
     for component in ("text_encoder", "text_encoder_2"):
         layers = [e.layer or "" for e in file.entries if e.component == component]
-        if layers and not any(layer.endswith((".out_proj", ".fc1", ".fc2")) for layer in layers):
+        has_mlp = any(layer.endswith((".fc1", ".fc2")) for layer in layers)
+        if layers and has_mlp == mlp and not any(layer.endswith(".out_proj") for layer in layers):
             return True
     return False
+
+
+def _lora_A_first(file: AdapterFile, missed: int) -> bool:  # noqa: N802 (PEFT's name)
+    """The UNet's first key is spelled as PEFT does, and others as diffusers' script does."""
+    layouts = [entry.layout for entry in file.entries if entry.prefix == "unet."]
+    return layouts[:1] == ["raw-peft"] and "diffusers" in layouts
+
+
+def _only_ldm_blocks(file: AdapterFile, missed: int) -> bool:
+    """Every layer of SD1's or SD2's UNet is in a block and has its LDM name."""
+    unet = [entry for entry in file.entries if entry.component == "unet"]
+    outside = ("conv in and out", "time embedding", "add embedding")
+    ldm = all(entry.names == "ldm" and entry.kind not in outside for entry in unet)
+    return bool(unet) and ldm and file.family != "sdxl"
 
 
 def _no_conventional_base(file: AdapterFile, missed: int) -> bool:
@@ -271,6 +295,9 @@ _CONDITIONS: dict[str, Callable[[AdapterFile, int], bool]] = {
     "names without lora": _no_word_lora,
     "no base told by keys": _no_conventional_base,
     "taken for another base": _other_base,
+    "text encoder with an MLP and no out_proj": _text_encoder_with_mlp_only,
     "text encoder without out_proj": _text_encoder_without_out_proj,
     "UNet names mixed": _mixed_unet_names,
+    "UNet only in LDM's blocks": _only_ldm_blocks,
+    "UNet spelled in two ways, lora_A first": _lora_A_first,
 }
