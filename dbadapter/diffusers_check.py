@@ -150,7 +150,9 @@ def compare(
 
     changes = {name: math.sqrt(_square(weights)) for name, weights in ours.modules.items()}
     if not any(changes.values()):
-        raise AdapterError("the adapter changes no weight (every lora_A or lora_B is zero): nothing to compare")
+        raise AdapterError(
+            "the adapter changes no weight (every lora_A or lora_B is zero): nothing to compare"
+        )
     worst, where = 0.0, ""
     for name, weights in ours.modules.items():
         if name not in theirs:

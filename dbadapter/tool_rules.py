@@ -106,6 +106,8 @@ def _outcome(tool: Mapping[str, Any], file: AdapterFile) -> Outcome:
     notes: list[tuple[str, str]] = []
     wrong = False
     for rule in tool.get("file", ()):
+        if file.family not in rule.get("family", FAMILIES):
+            continue
         if _CONDITIONS[rule["when"]](file, present - loaded):
             if rule["result"] == "refused":
                 refused = refused or _why(rule)
@@ -226,33 +228,37 @@ def _invoke_base(file: AdapterFile) -> str:
     Its way (model_manager/util/model_util.py, `lora_token_vector_length`), in our words: the input width of a
     cross-attention key or value or of a time embedding, or the width of the text encoders.
     """
-    widths: dict[str, int] = {}
+    widths: dict[str, int | None] = {}
     for entry in file.entries:
-        shape = file.shapes[entry.key]
-        if entry.part not in ("down", "w1_b", "w2_b", "diff", "w1", "w2") or len(shape) < 2:
-            continue
-        width = shape[1]
-        if entry.algorithm == "lokr":
-            other = file.shapes.get(f"{entry.module}.lokr_{'w2' if entry.part == 'w1' else 'w1'}")
-            if other is None:
-                continue
-            width *= other[1]
         unet = entry.prefix == "lora_unet_"
-        if unet and entry.module.endswith(("_attn2_to_k", "_attn2_to_v")):
+        cross = entry.module.endswith(("_attn2_to_k", "_attn2_to_v"))
+        time = entry.module.endswith("time_emb_proj") and entry.part == "down"
+        if unet and (cross or time) and (width := _input_width(entry, file.shapes)):
             return _base_of_width(width)
-        if unet and entry.module.endswith("time_emb_proj") and entry.part == "down":
-            return _base_of_width(width)
-        if entry.kind == "text attention" and entry.layout == "kohya":
-            if entry.prefix == "lora_te_":
+        if entry.prefix.startswith("lora_te") and "_self_attn_" in entry.module:
+            # Every key counts, also those that tell no width.
+            widths[entry.prefix] = _input_width(entry, file.shapes)
+            one, two = widths.get("lora_te1_"), widths.get("lora_te2_")
+            width = widths.get("lora_te_") or (one + two if one and two else None)
+            if width:
                 return _base_of_width(width)
-            widths[entry.prefix] = width
-            if len(widths) == 2:
-                return _base_of_width(sum(widths.values()))
     deep = any(
         e.prefix == "lora_unet_" and (e.layer or "").partition("transformer_blocks.")[2].split(".")[0] > "1"
         for e in file.entries
     )
     return "sdxl" if deep else ""
+
+
+def _input_width(entry: Entry, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    shape = shapes[entry.key]
+    if len(shape) < 2:
+        return None
+    if entry.part in ("down", "w1_b", "w2_b", "diff") and entry.algorithm != "lokr":
+        return shape[1]
+    if entry.algorithm == "lokr":
+        both = [shapes.get(f"{entry.module}.lokr_{part}") for part in ("w1", "w2")]
+        return both[0][1] * both[1][1] if both[0] and both[1] else None
+    return None
 
 
 def _base_of_width(width: int) -> str:
