@@ -83,17 +83,19 @@ class Skeleton:
             unet: a UNet2DConditionModel, adapters may be on it.
             text_encoders: `text_encoder`, `text_encoder_2` -> CLIP models.
         """
-        self._configs = {"unet": (type(unet), dict(getattr(unet, "config", {})))}
-        self._texts = {name: (type(model), model.config) for name, model in text_encoders.items()}
+        # Any: from_config is diffusers' own, and text encoders take their configuration alone.
+        self._unet: tuple[Any, Any] = (type(unet), dict(getattr(unet, "config", {})))
+        self._texts: dict[str, tuple[Any, Any]] = {
+            name: (type(model), model.config) for name, model in text_encoders.items()
+        }
 
     def models(self) -> dict[str, nn.Module]:
         """Return component -> a model whose parameters share one number each."""
         made: dict[str, nn.Module] = {}
         with torch.device("meta"):
-            for name, (kind, config) in self._configs.items():
-                made[name] = kind.from_config(config)  # type: ignore[operator]
-            for name, (kind, text_config) in self._texts.items():
-                made[name] = kind(text_config)
+            made["unet"] = self._unet[0].from_config(self._unet[1])
+            for name, (kind, config) in self._texts.items():
+                made[name] = kind(config)
         for model in made.values():
             _give_weights(model)
         return made
@@ -243,11 +245,12 @@ def _holder(models: Mapping[str, nn.Module]) -> Any:
     mixin: Any = StableDiffusionXLLoraLoaderMixin if xl else StableDiffusionLoraLoaderMixin
 
     class Holder(mixin):  # type: ignore[misc]
-        unet = models.get("unet")
-        text_encoder = models.get("text_encoder")
-        text_encoder_2 = models.get("text_encoder_2")
-        components = dict(models)
         hf_device_map = None
+
+        def __init__(self) -> None:
+            for component in keys.COMPONENTS:
+                setattr(self, component, models.get(component))
+            self.components = dict(models)
 
     return Holder()
 

@@ -254,9 +254,9 @@ def _told_by_shapes(contents: _Contents, names: Sequence[str]) -> list[tuple[str
     for entry in contents.entries:
         shape = contents.shapes[entry.key]
         cross = (entry.layer or "").endswith((".attn2.to_k", ".attn2.to_v"))
-        if cross and entry.part in ("down", "w1_b", "diff") and len(shape) > 1:
-            if family := _FAMILY_OF_WIDTH.get(shape[1], ""):
-                return [(family, f"its cross-attention is {shape[1]} wide")]
+        told = cross and entry.part in ("down", "w1_b", "diff") and shape[1:2]
+        if told and (family := _FAMILY_OF_WIDTH.get(told[0], "")):
+            return [(family, f"its cross-attention is {told[0]} wide")]
     if any(entry.component == "text_encoder_2" for entry in contents.entries):
         return [("sdxl", "it has layers of a second text encoder")]
     for entry in contents.entries:

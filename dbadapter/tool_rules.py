@@ -119,10 +119,8 @@ def _outcome(tool: Mapping[str, Any], file: AdapterFile) -> Outcome:
     if refused is not None:
         return _row(tool, "refused", 0, present, [refused])
     why = [(f"{count} of {present} tensors: {reason}", source) for (reason, source), count in reasons.items()]
-    if loaded == present and not wrong and not why:
-        result = "loaded"
-    else:
-        result = "partly" if loaded else "ignored"
+    whole = loaded == present and not wrong and not why
+    result = "loaded" if whole else "partly" if loaded else "ignored"
     return _row(tool, result, loaded, present, why + notes)
 
 
