@@ -96,7 +96,9 @@ def test_counts_are_those_of_the_tools(
     for row in found.values():
         assert row.result == ("loaded" if row.loaded == present else "partly") or not row.loaded
         assert row.loaded == present or row.reason, row
-        assert row.source and row.version and row.basis == "run"
+        assert row.source
+        assert row.version
+        assert row.basis == "run"
 
 
 def test_forge_refuses_and_comfyui_loads_in_part() -> None:
@@ -194,7 +196,8 @@ def test_rules_are_whole() -> None:
         ("lora_unet_time_embed_0.lora_up.weight", "kohya", "time embedding"),
         ("unet.mid_block.attentions.0.proj_in.lora_A.weight", "raw-peft", "proj"),
         ("text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_B.weight", "raw-peft", "text feed-forward"),
-        ("text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora.up.weight", "old-diffusers", "text attention"),
+        ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out_lora.up.weight",
+         "old-diffusers", "attention"),
         ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "kohya", "other"),
         ("model.diffusion_model.out.2.bias", "checkpoint", "other"),
         ("what.is.this", "unknown", "other"),

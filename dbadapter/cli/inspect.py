@@ -24,7 +24,7 @@ __all__ = ["inspect"]
     "--json", "as_json", is_flag=True, help="Print one JSON object; docs/inspect.md has its fields."
 )
 @click.option("--verify", is_flag=True,
-              help="Load it with diffusers' own loader too; compare each layer with our reading.")  # fmt: skip
+              help="Load it with diffusers' own loader too, and compare every layer.")  # fmt: skip
 @click.option("--base", metavar="BASE", help=f"For --verify.  {BASE_HELP}")
 @prediction_option
 def inspect(
