@@ -349,9 +349,15 @@ def _hashes(contents: _Contents, sums: Sequence[Checksums]) -> dict[str, Any]:
     }
 
 
+_NOTES = {
+    "unknown": "the base is not known, taken for SD1.x",
+    "toybox": "told by SD1's names; toybox itself is a base for dbadapter and diffusers",
+}
+
+
 def _tools(contents: _Contents, kind: str, family: str) -> list[Outcome]:
     present = len(contents.entries)
-    family = "sd1" if family == "toybox" else family
+    stated, family = family, "sd1" if family == "toybox" else family
 
     def all_of_them(result: str, reason: str) -> list[Outcome]:
         return [
@@ -386,7 +392,7 @@ def _tools(contents: _Contents, kind: str, family: str) -> list[Outcome]:
             ),
         )
     )
-    if family != "unknown":
+    note = _NOTES.get(stated, "")
+    if not note:
         return rows
-    note = "the base is not known, taken for SD1.x"
     return [replace(row, reason=f"{row.reason}; {note}" if row.reason else note) for row in rows]

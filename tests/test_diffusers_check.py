@@ -11,14 +11,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from dbadapter import diffusers_check
 from dbadapter.adapter import Adapter, LoraWeights, adaptable_layers
 from dbadapter.adapter_file import read_adapter, write_adapter
 from dbadapter.base import load_base
 from dbadapter.diffusers_check import Skeleton, check_file, compare, compare_in_pipeline, load_by_diffusers
 from dbadapter.errors import AdapterError
 from dbadapter.lora import TARGETS, target_layers
-from tests.command_line import assert_refused, run
-from tests.tiny_bases import write_tiny_base
+from command_line import assert_refused, run
+from tiny_bases import write_tiny_base
+from tiny_runs import tiny_config, write_photographs
 
 
 @pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])
@@ -183,6 +185,29 @@ def test_an_adapter_without_effect(sd1: Any, tmp_path: Path) -> None:
     path = written(loaded, tmp_path / "a.safetensors", zero=True)
     assert check_file(path, Skeleton(loaded.unet, loaded.text_encoders)) is None
     assert_refused(run("inspect", path, "--verify", "--base", folder), 1, "changes no weight")
+
+
+def test_training_fails_where_diffusers_reads_otherwise(
+    tmp_path: Path, tiny_base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a diffusers that took alpha otherwise would: the run ends with one line, and what it wrote stays."""
+    from dbadapter.training import train
+
+    read = diffusers_check.load_by_diffusers
+    asked: list[int] = []
+
+    def other(path: Any, models: Any) -> dict[str, LoraWeights]:
+        found = read(path, models)
+        asked.append(len(found))
+        return {name: LoraWeights(w.lora_A, w.lora_B, w.alpha * 1.01) for name, w in found.items()}
+
+    monkeypatch.setattr(diffusers_check, "load_by_diffusers", other)
+    config = tiny_config(
+        write_photographs(tmp_path / "photographs"), tmp_path / "out", tiny_base_folder, prior="none"
+    )
+    with pytest.raises(AdapterError, match=r"out\.safetensors: diffusers .* changes .* by 0\.01 otherwise"):
+        train(config)
+    assert asked == [len(read_adapter(tmp_path / "out" / "out.safetensors").modules)]
 
 
 def test_an_adapter_for_another_base(sd1: Any, tmp_path: Path) -> None:

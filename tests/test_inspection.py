@@ -13,9 +13,9 @@ import pytest
 
 from dbadapter.errors import AdapterError
 from dbadapter.inspection import inspect_file
-from tests import adapter_layouts as layouts
-from tests.adapter_layouts import Shape, write_file
-from tests.command_line import assert_refused, run
+import adapter_layouts as layouts
+from adapter_layouts import Shape, write_file
+from command_line import assert_refused, run
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 UNET = {f"unet.{BLOCK}.attn2.to_k": (320, 768), f"unet.{BLOCK}.attn1.to_out.0": (320, 320)}

@@ -9,8 +9,8 @@ import pytest
 
 from dbadapter.file_layout import describe_key, describe_keys
 from dbadapter.tool_rules import AdapterFile, outcomes, tools
-from tests import adapter_layouts as layouts
-from tests.adapter_layouts import Shape
+import adapter_layouts as layouts
+from adapter_layouts import Shape
 
 TOOLS = ("diffusers", "ComfyUI", "AUTOMATIC1111", "Forge", "InvokeAI", "sd-scripts", "stable-diffusion.cpp")
 
