@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import assert_refused, run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tiny_bases import write_tiny_base
+from tiny_runs import tiny_config, write_photographs
 
 from dbadapter import diffusers_check
 from dbadapter.adapter import Adapter, LoraWeights, adaptable_layers
@@ -18,9 +21,6 @@ from dbadapter.base import load_base
 from dbadapter.diffusers_check import Skeleton, check_file, compare, compare_in_pipeline, load_by_diffusers
 from dbadapter.errors import AdapterError
 from dbadapter.lora import TARGETS, target_layers
-from command_line import assert_refused, run
-from tiny_bases import write_tiny_base
-from tiny_runs import tiny_config, write_photographs
 
 
 @pytest.fixture(scope="module", params=["sd1", "sd2", "sdxl"])

@@ -9,13 +9,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import adapter_layouts as layouts
 import pytest
+from adapter_layouts import Shape, write_file
+from command_line import assert_refused, run
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dbadapter.errors import AdapterError
 from dbadapter.inspection import inspect_file
-import adapter_layouts as layouts
-from adapter_layouts import Shape, write_file
-from command_line import assert_refused, run
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 UNET = {f"unet.{BLOCK}.attn2.to_k": (320, 768), f"unet.{BLOCK}.attn1.to_out.0": (320, 320)}
@@ -247,3 +249,18 @@ def test_folder_with_a_broken_configuration(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(AdapterError, match=r"adapter_config.json cannot be read"):
         inspect_file(tmp_path)
+
+
+@given(data=st.binary(max_size=200), sized=st.booleans())
+def test_bytes_of_any_kind_give_one_line(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes, sized: bool
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
+    path.write_bytes(struct.pack("<Q", len(data)) + data if sized else data)
+    message = ""
+    try:
+        inspect_file(path)
+    except AdapterError as error:
+        message = str(error)
+    assert "\n" not in message
+    assert not message or str(path) in message

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import adapter_layouts as layouts
 import pytest
+from adapter_layouts import Shape
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dbadapter.file_layout import describe_key, describe_keys
 from dbadapter.tool_rules import AdapterFile, outcomes, tools
-import adapter_layouts as layouts
-from adapter_layouts import Shape
 
 TOOLS = ("diffusers", "ComfyUI", "AUTOMATIC1111", "Forge", "InvokeAI", "sd-scripts", "stable-diffusion.cpp")
 
@@ -208,3 +210,15 @@ def test_rules_are_whole() -> None:
 def test_a_key_is_described(key: str, layout: str, kind: str) -> None:
     entry = describe_key(key)
     assert (entry.layout, entry.kind) == (layout, kind)
+
+
+@given(st.text(max_size=80))
+def test_no_key_is_too_odd(text: str) -> None:
+    for key in (
+        text,
+        f"lora_unet_{text}.alpha",
+        f"unet.{text}.lora_A.weight",
+        f"lycoris_{text}.lora_up.weight",
+    ):
+        assert describe_key(key).key == key
+        assert len(rows({key: (4, 4)}, "sd1", alphas={})) == len(TOOLS)
