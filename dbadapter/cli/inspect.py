@@ -30,7 +30,7 @@ __all__ = ["inspect"]
 def inspect(
     adapter: Path, as_json: bool, verify: bool, base: str | None, prediction_type: str | None
 ) -> None:
-    """Tell what an adapter's file is, and what each tool does with it.
+    """Describe an adapter file and what each tool does with it.
 
     FILE is a .safetensors adapter of any kind, or a PEFT folder. Loaded, partly, ignored or refused, and why,
     in diffusers, ComfyUI, AUTOMATIC1111, Forge, InvokeAI, sd-scripts and stable-diffusion.cpp.
