@@ -133,6 +133,8 @@ def write_results(trained: Trained, folder: RunFolder, report: Progress) -> None
         write_adapter(
             folder.best_adapter, trained.best, description=description, sidecars=False, overwrite=True
         )
+        if trained.skeleton is not None:
+            check_file(folder.best_adapter, trained.skeleton)
     folder.settle()
     folder.drop_other_kind(full=config.full)
     pictures = _samples(trained, folder, report)
