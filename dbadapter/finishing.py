@@ -16,6 +16,7 @@ from dbadapter.adapter_file import verify, write_adapter
 from dbadapter.base import Base, load_base
 from dbadapter.checkpoint import Best
 from dbadapter.config import TrainConfig
+from dbadapter.diffusers_check import Skeleton, check_file
 from dbadapter.lora import apply, collect
 from dbadapter.model_card import Made, describe, draw_samples, last_losses, model_card
 from dbadapter.model_folder import write_model_folder
@@ -67,6 +68,7 @@ class Trained:
         made: what the adapter was made of.
         device: that it was trained on.
         adapter: None with `full`.
+        skeleton: names and shapes of the models that carry the adapter; None with `full`.
         weights: component -> state dict of the models, with `full`.
         best: the adapter at the step with the lowest validation loss, where that is not the last one.
         best_step: that step; None without validation.
@@ -75,6 +77,7 @@ class Trained:
     made: Made
     device: torch.device
     adapter: Adapter | None
+    skeleton: Skeleton | None
     weights: Mapping[str, Mapping[str, Tensor]] | None
     best: Adapter | None
     best_step: int | None
@@ -87,7 +90,7 @@ class Trained:
         if config.full:
             models = {"unet": base.unet} | (base.text_encoders if config.train_text_encoder else {})
             weights = {name: model.state_dict() for name, model in models.items()}
-            return cls(made, base.device, None, weights, None, best_step)
+            return cls(made, base.device, None, None, weights, None, best_step)
         texts = base.text_encoders if config.train_text_encoder else {}
 
         def adapter() -> Adapter:
@@ -99,16 +102,18 @@ class Trained:
         if path is not None and best_step != made.steps and path.exists():
             checkpoint.restore(checkpoint.read(path), run.parameters, run.optimizer, run.scaler)
             of_best = adapter()
-        return cls(made, base.device, last, None, of_best, best_step)
+        return cls(made, base.device, last, Skeleton(base.unet, texts), None, of_best, best_step)
 
 
 def write_results(trained: Trained, folder: RunFolder, report: Progress) -> None:
     """Write the adapter, or with `full` the model's folder, then samples and the model card.
 
     Written before the samples are drawn, by a base loaded anew: nothing can lose the adapter then, and the
-    samples show what the file does, not what the model in memory does.
+    samples show what the file does, not what the model in memory does. The file is read back twice: as
+    dbadapter reads it, bit for bit, and by diffusers' own loader.
 
     Raises:
+        AdapterError: what is read back is not what was trained.
         OutputError: it cannot be written; the last checkpoint stays, so that --resume finishes the run.
     """
     made, config = trained.made, trained.made.config
@@ -120,11 +125,16 @@ def write_results(trained: Trained, folder: RunFolder, report: Progress) -> None
             folder.adapter, trained.adapter, description=description, sidecars=False, overwrite=True
         )
         verify(folder.adapter, trained.adapter)
+        if trained.skeleton is not None:
+            # Now, before minutes of sampling: the file that is written then differs by its preview alone.
+            check_file(folder.adapter, trained.skeleton)
     folder.best_adapter.unlink(missing_ok=True)
     if trained.best is not None:
         write_adapter(
             folder.best_adapter, trained.best, description=description, sidecars=False, overwrite=True
         )
+        if trained.skeleton is not None:
+            check_file(folder.best_adapter, trained.skeleton)
     folder.settle()
     folder.drop_other_kind(full=config.full)
     pictures = _samples(trained, folder, report)

@@ -9,6 +9,7 @@ import click
 
 from dbadapter import __version__
 from dbadapter.cli.group import Group, progress_bars
+from dbadapter.cli.inspect import inspect
 from dbadapter.cli.merging import extract, merge
 from dbadapter.cli.onnx import convert, export
 from dbadapter.cli.options import (
@@ -133,6 +134,7 @@ def generate(
 
 main.add_command(export)
 main.add_command(convert)
+main.add_command(inspect)
 main.add_command(merge)
 main.add_command(extract)
 
