@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dbadapter import __version__
+from dbadapter.cli.convert import convert, metadata
 from dbadapter.cli.group import Group, progress_bars
-from dbadapter.cli.onnx import convert, export
+from dbadapter.cli.onnx import export
 from dbadapter.cli.options import (
     BASE_HELP,
     FilePath,
@@ -132,6 +133,7 @@ def generate(
 
 main.add_command(export)
 main.add_command(convert)
+main.add_command(metadata)
 
 
 @main.command()
