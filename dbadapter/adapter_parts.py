@@ -24,22 +24,25 @@ Parts = dict[str, dict[Part, str]]
 """Canonical layer name -> part -> the tensor's name in the file."""
 
 
-def parts_of(header: Header, split: Callable[[str], tuple[str, Part]]) -> Parts:
+def parts_of(header: Header, split: Callable[[str], tuple[str, Part]], prefix: str = "") -> Parts:
     """Return which tensors make which layer; nothing but the header is looked at.
 
     Args:
         header: of the file.
         split: a tensor's name -> (canonical layer name, part).
+        prefix: of all names, which says nothing.
     Raises:
         AdapterError: a key is none of a plain LoRA, is there twice, or a layer is incomplete or of shapes
             that do not fit together.
     """
-    adapter_kinds.refuse_kinds(header.entries)
+    adapter_kinds.refuse_kinds(key.removeprefix(prefix) for key in header.entries)
     parts: Parts = {}
     for key, entry in header.entries.items():
         module, part = split(key)
         if entry.dtype not in DTYPES:
-            raise AdapterError(f"{key!r} has dtype {entry.dtype}; {', '.join(DTYPES)} are read: pass such a file")
+            raise AdapterError(
+                f"{key!r} has dtype {entry.dtype}; {', '.join(DTYPES)} are read: pass such a file"
+            )
         if part in parts.setdefault(module, {}):
             raise AdapterError(f"Two keys give {part} of {module}, the second is {key!r}")
         parts[module][part] = key

@@ -166,10 +166,10 @@ def write_peft(
     contents = {}
     for component, own in _by_component(layers).items():
         config = lora_config(own, {name: weights.alpha for name, weights in own.items()})
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, weights in own.items():
-            tensors[keys.to_peft(name, "lora_A")] = weights.lora_A
-            tensors[keys.to_peft(name, "lora_B")] = weights.lora_B
+            tensors |= dict.fromkeys(keys.to_peft(name, "lora_A"), weights.lora_A)
+            tensors |= dict.fromkeys(keys.to_peft(name, "lora_B"), weights.lora_B)
         contents[component] = (_whole_config(config, component), with_hashes(tensors, metadata))
     return peft_folder.write(folder, contents, overwrite=overwrite)
 

@@ -20,6 +20,7 @@ from dbadapter.errors import AdapterError
 
 __all__ = [
     "COMPONENTS",
+    "PEFT_PREFIX",
     "Part",
     "canonical_module",
     "component_of",
@@ -117,7 +118,7 @@ _KOHYA_PARTS: dict[str, Part] = {
     ".alpha": "alpha",
 }
 # What PEFT's own files have in front; the model is said by the folder.
-_PEFT_PREFIX = "base_model.model."
+PEFT_PREFIX = "base_model.model."
 _UNET_ROOTS = (
     "down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding",
 )  # fmt: skip
@@ -230,10 +231,16 @@ def to_diffusers(module: str, part: Literal["lora_A", "lora_B"]) -> str:
     return f"{module}.{'lora' if component_of(module) == 'unet' else 'lora_linear_layer'}.{direction}.weight"
 
 
-def to_peft(module: str, part: Literal["lora_A", "lora_B"]) -> str:
-    """Return the key in a PEFT folder of the layer's component, e.g. `base_model.model.x.lora_A.weight`."""
-    path = module[len(component_of(module)) + 1 :]
-    return f"{_PEFT_PREFIX}{path}.{part}.weight"
+def to_peft(module: str, part: Literal["lora_A", "lora_B"]) -> list[str]:
+    """Return the keys in a PEFT folder of the layer's component, e.g. `base_model.model.x.lora_A.weight`.
+
+    They are two for CLIPTextModel, with `text_model.` and without: transformers dropped it from the names in
+    5.6, and PEFT passes over a key that it does not know, so that either alone does nothing somewhere.
+    """
+    component = component_of(module)
+    path = module[len(component) + 1 :]
+    short = path.removeprefix("text_model.") if component == "text_encoder" else path
+    return [f"{PEFT_PREFIX}{p}.{part}.weight" for p in dict.fromkeys((path, short))]
 
 
 def split_key(key: str, *, layers_per_block: int = LAYERS_PER_BLOCK) -> tuple[str, Part]:
@@ -260,7 +267,7 @@ def split_peft_key(key: str, component: str) -> tuple[str, Part]:
     Raises:
         AdapterError: the key is none of a plain LoRA.
     """
-    path = key.removeprefix(_PEFT_PREFIX)
+    path = key.removeprefix(PEFT_PREFIX)
     for part in ("lora_A", "lora_B"):
         module = path.removesuffix(f".{part}.weight")
         if module and module != path:
@@ -270,7 +277,7 @@ def split_peft_key(key: str, component: str) -> tuple[str, Part]:
 
 def component_of_paths(paths: Iterable[str]) -> str | None:
     """Return `unet` or `text_encoder` for the layers of one model, None if the names do not tell."""
-    roots = {path.removeprefix(_PEFT_PREFIX).partition(".")[0] for path in paths}
+    roots = {path.removeprefix(PEFT_PREFIX).partition(".")[0] for path in paths}
     if roots and roots <= set(_UNET_ROOTS):
         return "unet"
     return "text_encoder" if roots and roots <= set(_TEXT_ROOTS) else None

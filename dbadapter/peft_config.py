@@ -184,7 +184,7 @@ def _name_in_model(module: str, component: str) -> str:
 
 def _whole(alpha: float) -> float | int:
     # PEFT's own type is int; what is no whole number works as well.
-    return int(alpha) if alpha.is_integer() else alpha
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _number(value: Any, key: str, where: str) -> float:

@@ -10,8 +10,11 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from dbadapter import keys
 from dbadapter.adapter import LoraWeights
@@ -19,7 +22,15 @@ from dbadapter.adapter_parts import layers_of, parts_of
 from dbadapter.errors import AdapterError, OutputError
 from dbadapter.folding import FOLDED
 from dbadapter.peft_config import HEADER_KEY, PeftAlphas
-from dbadapter.safetensors_file import Chunks, parse_json, read_header, write_files
+from dbadapter.safetensors_file import (
+    DTYPES,
+    Chunks,
+    Header,
+    parse_json,
+    read_header,
+    read_tensors,
+    write_files,
+)
 
 __all__ = ["CONFIG", "WEIGHTS", "read", "write"]
 
@@ -104,10 +115,38 @@ def _read_one(folder: Path, component: str | None) -> tuple[dict[str, LoraWeight
     own = component or _component(folder, config, list(header.entries))
     alphas = PeftAlphas({f"{own}.{key}": value for key, value in config.items()}, str(folder / CONFIG))
     try:
-        parts = parts_of(header, lambda key: keys.split_peft_key(key, own))
+        header = _without_twins(weights, header)
+        parts = parts_of(header, lambda key: keys.split_peft_key(key, own), keys.PEFT_PREFIX)
         return layers_of(weights, header, parts, alphas), header.metadata
     except AdapterError as error:
         raise AdapterError(f"{weights}: {error}") from None
+
+
+def _without_twins(path: Path, header: Header) -> Header:
+    """Return the header without the second of a text encoder's two names (`keys.to_peft`).
+
+    Raises:
+        AdapterError: the tensors of both differ.
+    """
+    start = f"{keys.PEFT_PREFIX}text_model."
+    twins = {
+        key: short
+        for key in header.entries
+        if key.startswith(start)
+        and (short := keys.PEFT_PREFIX + key.removeprefix(start)) in header.entries
+        and header.entries[short].shape == header.entries[key].shape
+    }
+    if not twins:
+        return header
+    pairs = {
+        k: header.entries[k] for pair in twins.items() for k in pair if header.entries[k].dtype in DTYPES
+    }
+    tensors = read_tensors(path, replace(header, entries=pairs))
+    for key, short in twins.items():
+        if key in tensors and short in tensors and not torch.equal(tensors[key], tensors[short]):
+            raise AdapterError(f"{key!r} and {short!r} are one layer and differ: get the folder again")
+    entries = {key: entry for key, entry in header.entries.items() if key not in twins.values()}
+    return replace(header, entries=entries)
 
 
 def _component(folder: Path, config: Mapping[str, Any], names: list[str]) -> str:

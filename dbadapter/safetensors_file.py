@@ -49,9 +49,9 @@ MAX_NAME = 400  # characters; SDXL's longest is 120
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Bytes of a number. Adapters hold the floats above; whole checkpoints, which are refused by name, the rest too.
+# Bytes of a number. Adapters hold the floats above; whole checkpoints, refused by name, the rest too.
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4,
-          "U64": 8, "I64": 8, "C64": 8, **{name: dtype.itemsize for name, dtype in DTYPES.items()}}  # fmt: skip
+          "U64": 8, "I64": 8, "C64": 8, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # fmt: skip
 _FILE = "give the .safetensors file of an adapter"
 _AGAIN = "get the file again"
 
