@@ -43,6 +43,7 @@ __all__ = [
     "LoraWeights",
     "cast",
     "check_fits",
+    "kohya_tensors",
     "read_adapter",
     "verify",
     "write_adapter",
@@ -84,7 +85,7 @@ def write_adapter(
     if path.suffix != ".safetensors":
         raise OutputError(f"An adapter's file must end in .safetensors, got {path}")
     description = description or AdapterDescription()
-    tensors = _kohya_tensors(adapter, dtype)
+    tensors = kohya_tensors(adapter, dtype)
     metadata = file_metadata(adapter, path.stem, description)
     if preview is not None:
         metadata["modelspec.thumbnail"] = thumbnail(preview)
@@ -166,7 +167,8 @@ def cast(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, LoraWeights]:
     }
 
 
-def _kohya_tensors(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def kohya_tensors(adapter: Adapter, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return the tensors of kohya's layout by their names there; arguments and errors as `cast`."""
     layers = cast(adapter, dtype)
     tensors: dict[str, Tensor] = {}
     sdxl = adapter.family == "sdxl"

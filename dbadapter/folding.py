@@ -43,10 +43,14 @@ def fold(weights: LoraWeights) -> Tensor | None:
     if not (math.isfinite(scale) and scale != 0):
         return None
     for dtype in dict.fromkeys((b.dtype, torch.float32, torch.float64)):
-        if dtype.itemsize >= b.dtype.itemsize:
-            folded = (b.double() * scale).to(dtype)
-            if torch.isfinite(folded).all() and torch.equal(_unfolded(folded, scale, b.dtype), b):
-                return folded
+        product = b.double() * scale
+        folded = product.to(dtype)
+        # In its own dtype every digit must stay; a wider one has digits to spare.
+        fits = (
+            torch.equal(folded.double(), product) if dtype == b.dtype else dtype.itemsize > b.dtype.itemsize
+        )
+        if fits and torch.isfinite(folded).all() and torch.equal(_unfolded(folded, scale, b.dtype), b):
+            return folded
     return None
 
 

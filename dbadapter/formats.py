@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dbadapter import keys, peft_folder
 from dbadapter.adapter import Adapter, LoraWeights
-from dbadapter.adapter_file import AdapterDescription, cast, read_adapter, verify, write_adapter
+from dbadapter.adapter_file import AdapterDescription, cast, kohya_tensors, read_adapter, verify
 from dbadapter.adapter_metadata import file_metadata, is_derived, with_hashes
 from dbadapter.errors import AdapterError, OutputError, UsageError
 from dbadapter.folding import FOLDED, Folded, Foldings, fold
@@ -182,9 +182,8 @@ def _write_kohya(path: Path, adapter: Adapter, dtype: torch.dtype | None, overwr
         )
     _check_suffix(path)
     metadata = _metadata(adapter, path.stem)
-    kept = Adapter(adapter.family, adapter.modules, metadata)
-    description = AdapterDescription(title=metadata["modelspec.title"])
-    write_adapter(path, kept, dtype=dtype, description=description, sidecars=False, overwrite=overwrite)
+    del metadata["format"]
+    write_files({path: with_hashes(kohya_tensors(adapter, dtype), metadata)}, overwrite)
 
 
 def _metadata(adapter: Adapter, name: str) -> dict[str, str]:

@@ -40,20 +40,32 @@ def framed(text: bytes) -> bytes:
 
 
 _LAYERS = (
-    "lora_unet_down_blocks_1_attentions_0_proj_in", "lora_unet_input_blocks_4_1_proj_in", 
+    "lora_unet_down_blocks_1_attentions_0_proj_in",
+    "lora_unet_input_blocks_4_1_proj_in",
     "lora_te1_text_model_x",
-    "lora_te_text_model_encoder_layers_0_mlp_fc1", "unet.mid_block.resnets.0.conv1", "unet.", "down_blocks.0.to_q",
-    "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", "text_encoder_2.encoder.layers.0.mlp.fc2",
-    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out", "lora_unet_", "text_encoder.",
-)  # fmt: skip
+    "lora_te_text_model_encoder_layers_0_mlp_fc1",
+    "lora_unet_",
+    "unet.mid_block.resnets.0.conv1",
+    "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k",
+    "unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_out",
+    "unet.",
+    "down_blocks.0.to_q",
+    "text_encoder_2.encoder.layers.0.mlp.fc2",
+    "text_encoder.",
+)
 _PARTS = (
-    ".lora_down.weight", ".lora_up.weight", ".lora_mid.weight", ".alpha", ".lora_A.weight", ".lora_B.weight",
-    ".lora.down.weight", ".lora.up.weight", "_lora.down.weight", "_lora.up.weight", ".diff", ".dora_scale",
+    ".lora_down.weight", ".lora_up.weight", ".lora_mid.weight", ".alpha",
+    ".lora_A.weight", ".lora_B.weight", ".lora.down.weight", ".lora.up.weight",
+    "_lora.down.weight", "_lora.up.weight", ".diff", ".dora_scale",
 )  # fmt: skip
 _ENTRIES = (
-    "lora_adapter_metadata", "dbadapter.folded", "dbadapter.layers_per_block", "dbadapter.family", "ss_v2",
+    "lora_adapter_metadata",
+    "dbadapter.folded",
+    "dbadapter.layers_per_block",
+    "dbadapter.family",
+    "ss_v2",
     "ss_base_model_version",
-)  # fmt: skip
+)
 _TEXTS = (
     '{"unet.lora_alpha": %d, "unet.alpha_pattern": {"attn2.to_k": %d}}',
     '{"unet": {"alpha": %d, "dtype": "F%d"}}',
@@ -64,7 +76,7 @@ _TEXTS = (
 
 
 def built(choices: bytes) -> bytes:
-    """Return a file of well-formed entries that the input chooses, so that more than the header's JSON is met."""
+    """Return a file of well-formed entries that the input chooses, so that more than JSON is met."""
     given = iter(choices)
 
     def pick(count: int) -> int:
