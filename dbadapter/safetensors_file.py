@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 # SDXL with every layer adapted has 3,200 tensors and a header of 600 kB, thumbnail included; tag lists of
-# large data sets take a few megabytes. A header of this size costs about 150 MB while it is parsed.
+# large data sets take a few megabytes. A header of this size costs 200 MB at the worst while it is parsed.
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_TENSORS = 20_000
 MAX_DIMENSIONS = 8  # more than any layer has

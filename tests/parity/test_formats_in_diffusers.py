@@ -132,8 +132,11 @@ def test_what_peft_saves_is_read(pipeline: Any, tmp_path: Path) -> None:
     changed, layers = fresh(pipeline), {}
     for component, model in models(changed).items():
         endings = ["to_q", "to_out.0", "conv1"] if component == "unet" else ["q_proj", "fc1"]
-        config = LoraConfig(r=3, lora_alpha=5, rank_pattern={"to_q": 2, "fc1": 2}, alpha_pattern={"to_q": 1.5},
-                            init_lora_weights=False, target_modules=endings)  # fmt: skip
+        odd = {"to_q": 2, "fc1": 2}, {"to_q": 1.5}
+        config = LoraConfig(
+            r=3, lora_alpha=5, rank_pattern=odd[0], alpha_pattern=odd[1], init_lora_weights=False,
+            target_modules=endings,
+        )  # fmt: skip
         wrapped = get_peft_model(model, config)
         wrapped.save_pretrained(str(tmp_path / component))
         setattr(changed, component, wrapped.merge_and_unload())
