@@ -97,6 +97,8 @@ def read_header(path: Path) -> Header:
         AdapterError: no such file, a pickle, or a header that is too large, no JSON, or does not describe
             the bytes behind it exactly; the message names the file and the key.
     """
+    if path.exists() and not path.is_file():
+        raise AdapterError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}: {_FILE}")
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size

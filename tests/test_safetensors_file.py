@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import tracemalloc
 from collections.abc import Callable
@@ -190,3 +191,12 @@ def test_a_file_that_changes_meanwhile(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(AdapterError, match="broken or cut short"):
         read_tensors(path, header)
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    """A pipe would keep a reader waiting for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(AdapterError, match="pipe is no regular file"):
+        read_header(tmp_path / "pipe")
+    with pytest.raises(AdapterError, match="is a folder"):
+        read_header(tmp_path)
