@@ -3,8 +3,8 @@
     pip install --target /tmp/atheris atheris        (Linux; Python 3.11 to 3.13)
     PYTHONPATH=/tmp/atheris python tests/fuzz/fuzz_adapter.py CORPUS -max_total_time=600
 
-CORPUS is a folder for what is found; it is filled with valid files first. A crash leaves `crash-*`: make a
-case in tests/fuzz/test_cases.py of it.
+CORPUS is a folder for what is found; it is filled with valid files first. A crash leaves `crash-*`:
+mend what it shows and add it to tests/fuzz/corpus.txt (base64, one input a line), which test_cases.py reads.
 """
 
 from __future__ import annotations
