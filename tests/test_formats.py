@@ -356,3 +356,22 @@ def test_dtype_is_kept_unless_asked(tmp_path: Path, dtype: str, name: str) -> No
     assert run(*words, "--output", tmp_path / "b.safetensors").exit_code == 0
     with safe_open(tmp_path / "b.safetensors", "pt") as file:
         assert {file.get_slice(k).get_dtype() for k in file.keys() if "weight" in k} == {name}  # noqa: SIM118
+
+
+def test_onnx_adapters_are_written_from_any_format(tmp_path: Path) -> None:
+    formats.write_peft(tmp_path / "peft", example("sd1"))
+    words = ("convert", tmp_path / "peft", "--to", "onnx-adapter", "--output", tmp_path / "onnx")
+    assert_refused(run(*words, "--dtype", "bfloat16"), 2, "float32 or float16, got bfloat16")
+    assert_refused(run(*words, "--family", "sd1"), 2, "leave it out")
+    result = run(*words)
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = sorted(path.name for path in (tmp_path / "onnx").iterdir())
+    assert found == ["adapter.json", "text_encoder.onnx_adapter", "unet.onnx_adapter"]
+
+
+def test_an_absurd_rank_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dbadapter.adapter_parts.MAX_RANK", 3)
+    monkeypatch.setattr("dbadapter.adapter_parts.read_tensors", lambda *_: pytest.fail("read"))
+    formats.write_peft(tmp_path / "peft", example())
+    with pytest.raises(AdapterError, match="has rank 4, at most 3 is read"):
+        read_adapter(tmp_path / "peft" / "unet")
