@@ -19,19 +19,25 @@ from typing import TYPE_CHECKING, Any
 from dbadapter import keys, ldm_names
 from dbadapter.adapter import Adapter
 from dbadapter.errors import AdapterError
+from dbadapter.folding import FOLDED
+from dbadapter.peft_config import HEADER_KEY
+from dbadapter.safetensors_file import Chunks, serialise, window
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 __all__ = [
     "AdapterDescription",
     "family_of",
     "file_metadata",
+    "is_derived",
     "layers_per_block",
     "legacy_hash",
     "sidecar",
     "tensor_hashes",
     "thumbnail",
+    "with_hashes",
 ]
 
 _THUMBNAIL_PIXELS = 256
@@ -104,7 +110,7 @@ def file_metadata(adapter: Adapter, name: str, description: AdapterDescription) 
     stated |= {"dbadapter.base": description.base, "dbadapter.family": adapter.family}
     if adapter.family == "sdxl":
         stated[_LAYERS_PER_BLOCK] = str(layers_per_block(adapter.metadata, adapter.modules))
-    kept = {key: value for key, value in adapter.metadata.items() if not _is_derived(key)}
+    kept = {key: value for key, value in adapter.metadata.items() if not is_derived(key)}
     return kept | {key: value for key, value in stated.items() if value != ""}
 
 
@@ -166,19 +172,39 @@ def thumbnail(preview: Image) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
 
 
-def tensor_hashes(tensor_bytes: bytes) -> dict[str, str]:
+def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Chunks:
+    """Return the bytes of a file with its hashes in the header.
+
+    Args:
+        tensors: contiguous, on the CPU.
+        metadata: str -> str.
+    """
+    plain = serialise(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    hashes = tensor_hashes(*plain[1:]) | {"sshs_legacy_hash": legacy_hash(*plain)}
+    return serialise(tensors, {**metadata, **hashes})
+
+
+def tensor_hashes(*tensor_bytes: bytes | memoryview) -> dict[str, str]:
     """Return the hashes over everything behind the header: kohya's and ModelSpec's."""
-    digest = hashlib.sha256(tensor_bytes).hexdigest()
+    digest = _sha256(tensor_bytes)
     return {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
 
 
-def legacy_hash(file_bytes: bytes) -> str:
+def legacy_hash(*file_bytes: bytes | memoryview) -> str:
     """Return the short hash of old user interfaces: 64 KiB from offset 1 MiB (sd-scripts, train_util.py).
 
     Args:
-        file_bytes: the file serialised with its `ss_*` entries only. Smaller files all have the same hash.
+        file_bytes: the file serialised with its `ss_*` entries only, in one piece or several. Smaller files
+            all have the same hash.
     """
-    return hashlib.sha256(file_bytes[0x100000:0x110000]).hexdigest()[:8]
+    return _sha256(window(file_bytes, 0x100000, 0x110000))[:8]
+
+
+def _sha256(chunks: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _kohya_entries(adapter: Adapter, name: str, description: AdapterDescription) -> dict[str, str]:
@@ -253,12 +279,13 @@ def _conv_args(adapter: Adapter) -> dict[str, str]:
     }
 
 
-def _is_derived(key: str) -> bool:
+def is_derived(key: str) -> bool:
     """Tell whether an entry belongs to one file's bytes, or would make diffusers refuse a kohya file."""
     return key.startswith("sshs_") or key in (
         "modelspec.hash_sha256",
         "modelspec.thumbnail",
-        "lora_adapter_metadata",
+        HEADER_KEY,
+        FOLDED,
         "format",
     )
 

@@ -15,21 +15,27 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Literal
 
-from dbadapter import ldm_names
+from dbadapter import adapter_kinds, ldm_names
 from dbadapter.errors import AdapterError
 
 __all__ = [
     "COMPONENTS",
+    "PEFT_PREFIX",
     "Part",
     "canonical_module",
     "component_of",
+    "component_of_paths",
     "from_kohya",
     "split_key",
+    "split_peft_key",
+    "to_diffusers",
     "to_kohya",
+    "to_peft",
     "to_raw_peft",
 ]
 
-Part = Literal["lora_A", "lora_B", "alpha"]
+# lora_mid is LoCon's Tucker core, which is read and never written.
+Part = Literal["lora_A", "lora_B", "lora_mid", "alpha"]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
@@ -108,8 +114,16 @@ _WORD = re.compile(f"(?:{'|'.join(_ALTERNATIVES)}|[0-9]+)(?=_|$)")
 _KOHYA_PARTS: dict[str, Part] = {
     ".lora_down.weight": "lora_A",
     ".lora_up.weight": "lora_B",
+    ".lora_mid.weight": "lora_mid",
     ".alpha": "alpha",
 }
+# What PEFT's own files have in front; the model is said by the folder.
+PEFT_PREFIX = "base_model.model."
+_UNET_ROOTS = (
+    "down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding", "add_embedding",
+)  # fmt: skip
+_TEXT_ROOTS = ("text_model", "encoder", "text_projection")
+
 # diffusers' script writes three spellings into one file; raw PEFT writes the first.
 _DIFFUSERS_PARTS: dict[str, Part] = {
     ".lora_A.weight": "lora_A",
@@ -207,6 +221,28 @@ def to_raw_peft(module: str, part: Part) -> str:
     return f"{module}.alpha" if part == "alpha" else f"{module}.{part}.weight"
 
 
+def to_diffusers(module: str, part: Literal["lora_A", "lora_B"]) -> str:
+    """Return the key in a file for diffusers, e.g. `unet.mid_block.x.lora.down.weight`.
+
+    diffusers' own script has this spelling for attention only and `lora_A` elsewhere in the UNet. Its reader
+    looks at the first key alone to choose between both, so one spelling is what it always reads.
+    """
+    direction = "down" if part == "lora_A" else "up"
+    return f"{module}.{'lora' if component_of(module) == 'unet' else 'lora_linear_layer'}.{direction}.weight"
+
+
+def to_peft(module: str, part: Literal["lora_A", "lora_B"]) -> list[str]:
+    """Return the keys in a PEFT folder of the layer's component, e.g. `base_model.model.x.lora_A.weight`.
+
+    They are two for CLIPTextModel, with `text_model.` and without: transformers dropped it from the names in
+    5.6, and PEFT passes over a key that it does not know, so that either alone does nothing somewhere.
+    """
+    component = component_of(module)
+    path = module[len(component) + 1 :]
+    short = path.removeprefix("text_model.") if component == "text_encoder" else path
+    return [f"{PEFT_PREFIX}{p}.{part}.weight" for p in dict.fromkeys((path, short))]
+
+
 def split_key(key: str, *, layers_per_block: int = LAYERS_PER_BLOCK) -> tuple[str, Part]:
     """Return (canonical module, part) of a tensor's key in the kohya, diffusers or raw PEFT layout.
 
@@ -223,6 +259,28 @@ def split_key(key: str, *, layers_per_block: int = LAYERS_PER_BLOCK) -> tuple[st
             raise _foreign(key)
         return from_kohya(prefix, layers_per_block=layers_per_block), part
     return _split_diffusers_key(key)
+
+
+def split_peft_key(key: str, component: str) -> tuple[str, Part]:
+    """Return (canonical module, part) of a key in a PEFT folder, which holds one component.
+
+    Raises:
+        AdapterError: the key is none of a plain LoRA.
+    """
+    path = key.removeprefix(PEFT_PREFIX)
+    for part in ("lora_A", "lora_B"):
+        module = path.removesuffix(f".{part}.weight")
+        if module and module != path:
+            return canonical_module(component, module), part
+    raise _foreign(path)
+
+
+def component_of_paths(paths: Iterable[str]) -> str | None:
+    """Return `unet` or `text_encoder` for the layers of one model, None if the names do not tell."""
+    roots = {path.removeprefix(PEFT_PREFIX).partition(".")[0] for path in paths}
+    if roots and roots <= set(_UNET_ROOTS):
+        return "unet"
+    return "text_encoder" if roots and roots <= set(_TEXT_ROOTS) else None
 
 
 def _split_kohya_prefix(prefix: str) -> tuple[str, str]:
@@ -249,6 +307,8 @@ def _words(text: str) -> list[str] | None:
 
 
 def _split_diffusers_key(key: str) -> tuple[str, Part]:
+    if key.partition(".")[0] in _UNET_ROOTS:
+        key = f"unet.{key}"  # as `unet.save_attn_procs` wrote
     for suffix, part in _DIFFUSERS_PARTS.items():
         if key.endswith(suffix) and key.partition(".")[0] in COMPONENTS:
             component, _, path = key.removesuffix(suffix).partition(".")
@@ -267,23 +327,5 @@ def _modern_path(component: str, path: str) -> str:
 
 
 def _foreign(key: str) -> AdapterError:
-    return AdapterError(f"Key {key!r} is none of a plain LoRA ({_kind(key)}); only plain LoRA files are read")
-
-
-def _kind(key: str) -> str:
-    """Return in words what a foreign key belongs to."""
-    marks: Iterable[tuple[str, str]] = (
-        ("dora_scale", "DoRA"),
-        ("lora_magnitude_vector", "DoRA"),
-        ("hada_", "LoHa"),
-        ("lokr_", "LoKr"),
-        ("lora_mid", "LoCon with a Tucker core"),
-        ("oft_", "OFT"),
-        ("bundle_emb", "a bundled embedding"),
-        ("model.diffusion_model", "a whole checkpoint"),
-        (".diff", "a full weight difference"),
-        ("base_model.model.", "a PEFT folder's file"),
-        ("transformer.", "a transformer model, e.g. SD3 or Flux"),
-        ("single_blocks", "Flux"),
-    )
-    return next((kind for mark, kind in marks if mark in key), "an unknown layout")
+    what, cure = adapter_kinds.kind_of(key)
+    return AdapterError(f"Key {key!r} is none of a plain LoRA ({what}): {cure}")

@@ -168,7 +168,6 @@ def test_what_others_write(key: str, module: str, part: str) -> None:
         ("lora_unet_mid_block_attentions_0_proj_in.dora_scale", "DoRA"),
         ("lora_unet_mid_block_attentions_0_proj_in.hada_w1_a", "LoHa"),
         ("lora_unet_mid_block_attentions_0_proj_in.lokr_w1", "LoKr"),
-        ("lora_unet_mid_block_attentions_0_proj_in.lora_mid.weight", "Tucker"),
         ("lora_unet_mid_block_attentions_0_proj_in.diff", "full weight"),
         ("lora_unet_input_blocks_3_1_proj_in.alpha", "LDM names with 2 layers per block"),
         ("bundle_emb.cat.string_to_param.*", "bundled embedding"),

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dbadapter import __version__
+from dbadapter.cli.convert import convert, metadata
 from dbadapter.cli.group import Group, progress_bars
 from dbadapter.cli.inspect import inspect
 from dbadapter.cli.merging import extract, merge
-from dbadapter.cli.onnx import convert, export
+from dbadapter.cli.onnx import export
 from dbadapter.cli.options import (
     BASE_HELP,
     FilePath,
@@ -135,6 +136,7 @@ def generate(
 main.add_command(export)
 main.add_command(convert)
 main.add_command(inspect)
+main.add_command(metadata)
 main.add_command(merge)
 main.add_command(extract)
 

@@ -1,10 +1,9 @@
-"""`dbadapter export` and `dbadapter convert`."""
+"""`dbadapter export`."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -20,7 +19,7 @@ from dbadapter.cli.options import (
 from dbadapter.config import TARGETS, TrainConfig
 from dbadapter.errors import UsageError
 
-__all__ = ["convert", "export"]
+__all__ = ["export"]
 
 
 @click.command()
@@ -123,28 +122,3 @@ def _verify(folder: Path) -> None:
     for name, entry in report["components"].items():
         click.echo(f"{name}: relative error {entry['relative_error']:.2g}, allowed {entry['tolerance']:g}")
     click.echo(f"picture: {report['picture']['max_difference']:.2g} of 255 at most")
-
-
-@click.command()
-@click.argument("adapter", type=FilePath(), metavar="FILE")
-@click.option("--to", "kind", type=click.Choice(["onnx-adapter"]), required=True,
-              help="onnx-adapter: ONNX Runtime's own files, one for each part of the model.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(["float32", "float16"]), default="float32", show_default=True,
-              help="What the graphs were exported in (int8 takes float32).")  # fmt: skip
-@click.option("--output", required=True, type=FilePath(), metavar="OUT", help="Folder for the files.")
-@overwrite_option
-def convert(adapter: Path, kind: str, overwrite: bool, output: Path, dtype: str) -> None:
-    """Write an adapter in another format.
-
-    FILE is a .safetensors adapter. The files of onnx-adapter are for a swappable export, and for any program
-    that has ONNX Runtime.
-
-    \b
-    Example:
-      dbadapter convert my-dog/my-dog.safetensors --to onnx-adapter --output my-dog-onnx-adapter
-    """
-    from dbadapter.adapter_file import read_adapter
-    from dbadapter.export.adapters import write_onnx_adapter
-
-    written: list[Any] = write_onnx_adapter(read_adapter(adapter), output, dtype=dtype, overwrite=overwrite)
-    click.echo(f"{', '.join(path.name for path in written)} in {output}")
