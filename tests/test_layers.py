@@ -51,6 +51,7 @@ LAYERS = (
     "adapter_metadata",
     "adapter",
     "keys",
+    "metrics",
     "prompts",
     "photographs",
     "buckets",
