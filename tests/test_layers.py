@@ -22,6 +22,8 @@ LAYERS = (
     "demo",
     "dry_run",
     "evaluation",
+    "evaluation_prompts",
+    "encoders",
     "training",
     "finishing",
     "export",

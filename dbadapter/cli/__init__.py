@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from dbadapter import __version__
+from dbadapter.cli.evaluate import evaluate
 from dbadapter.cli.group import Group, progress_bars
 from dbadapter.cli.onnx import convert, export
 from dbadapter.cli.options import (
@@ -132,6 +133,7 @@ def generate(
 
 main.add_command(export)
 main.add_command(convert)
+main.add_command(evaluate)
 
 
 @main.command()
