@@ -1,4 +1,4 @@
-"""What is drawn to score an adapter: DreamBooth's prompts, toybox's, and those of a file.
+"""What is drawn to score an adapter: DreamBooth's prompts, and those of a file.
 
 The two lists of 25 are the evaluation prompts of DreamBooth's dataset (github.com/google/dreambooth,
 `prompts_and_classes.txt`, CC BY 4.0), `{}` in the place of identifier and class noun.
@@ -6,14 +6,14 @@ The two lists of 25 are the evaluation prompts of DreamBooth's dataset (github.c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dbadapter.errors import DataError
 
-__all__ = ["KINDS", "LIVE", "OBJECT", "UNRELATED", "Prompts", "choose_prompts", "read_prompts"]
+__all__ = ["LIVE", "OBJECT", "UNRELATED", "Prompts", "choose_prompts", "read_prompts"]
 
-KINDS = ("object", "live")
 _BOTH = (
     "a {} in the jungle",
     "a {} in the snow",
@@ -27,7 +27,7 @@ _BOTH = (
     "a {} on top of a purple rug in a forest",
 )
 _LAST = ("a red {}", "a purple {}", "a shiny {}", "a wet {}", "a cube shaped {}")
-OBJECT = (
+OBJECT: tuple[str, ...] = (
     *_BOTH,
     "a {} with a wheat field in the background",
     "a {} with a tree and autumn leaves in the background",
@@ -41,7 +41,7 @@ OBJECT = (
     "a {} on top of a white rug",
     *_LAST,
 )
-LIVE = (
+LIVE: tuple[str, ...] = (
     *_BOTH,
     "a {} wearing a red hat",
     "a {} wearing a santa hat",
@@ -56,7 +56,7 @@ LIVE = (
     *_LAST,
 )
 # Things that no subject here is; what becomes of them shows what else an adapter changed.
-UNRELATED = (
+UNRELATED: tuple[str, ...] = (
     "a photo of a city street at night",
     "a bowl of fruit on a table",
     "a mountain lake in the morning",
@@ -84,30 +84,18 @@ class Prompts:
     unrelated: tuple[str, ...]
 
 
-def choose_prompts(family: str, class_noun: str, kind: str, file: Path | None = None) -> Prompts:
-    """Return a base's prompts: toybox's in the contexts that it can draw, else DreamBooth's.
+def choose_prompts(
+    class_noun: str, subject: Sequence[str] = OBJECT, unrelated: Sequence[str] = UNRELATED
+) -> Prompts:
+    """Return the prompts of one evaluation, with the class's own, "a photo of a dog".
 
     Args:
-        family: of the base.
         class_noun: e.g. "dog".
-        kind: of `KINDS`, DreamBooth's list of prompts.
-        file: one template a line instead, see `read_prompts`.
+        subject: templates, `OBJECT`, `LIVE`, or what `read_prompts` gives.
+        unrelated: whole prompts.
     """
-    subject: tuple[str, ...] = LIVE if kind == "live" else OBJECT
-    unrelated: tuple[str, ...] = UNRELATED
-    if family == "toybox":
-        from dbadapter.toybox.names import CONTEXTS, NOUNS
-
-        subject = tuple(f"a photo of {{}} {context}".strip() for context in CONTEXTS)
-        others = [noun for noun in NOUNS if noun != class_noun]
-        unrelated = tuple(
-            f"a photo of a {noun} {context}".strip()
-            for noun, context in zip(others[:8], CONTEXTS, strict=False)
-        )
-    if file is not None:
-        subject = read_prompts(file)
     article = "an" if class_noun[:1].lower() in tuple("aeiou") else "a"
-    return Prompts(subject, f"a photo of {article} {class_noun}", unrelated)
+    return Prompts(tuple(subject), f"a photo of {article} {class_noun}", tuple(unrelated))
 
 
 def read_prompts(file: Path) -> tuple[str, ...]:

