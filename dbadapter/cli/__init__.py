@@ -9,6 +9,7 @@ import click
 
 from dbadapter import __version__
 from dbadapter.cli.convert import convert, metadata
+from dbadapter.cli.evaluate import evaluate
 from dbadapter.cli.group import Group, progress_bars
 from dbadapter.cli.inspect import inspect
 from dbadapter.cli.merging import extract, merge
@@ -139,6 +140,7 @@ main.add_command(inspect)
 main.add_command(metadata)
 main.add_command(merge)
 main.add_command(extract)
+main.add_command(evaluate)
 
 
 @main.command()

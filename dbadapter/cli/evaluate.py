@@ -1,0 +1,190 @@
+"""`dbadapter evaluate`: does it know the subject, and what did it forget?"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dbadapter.cli.group import progress_bars
+from dbadapter.cli.options import BASE_HELP, FilePath, overwrite_option
+from dbadapter.errors import OutputError, UsageError
+
+__all__ = ["evaluate"]
+
+# As dbadapter.encoders says, which loads torch.
+_DEFAULT_ENCODER = "efficientnet-lite2"
+_KINDS = ("object", "live")
+_COLUMNS = {
+    "subject_fidelity": "subject",
+    "prompt_fidelity": "prompt",
+    "prior_preservation": "class is subject",
+    "diversity": "class diversity",
+    "drift": "drift",
+    "nearest_photograph": "nearest photograph",
+}
+
+
+@click.command()
+@click.option("--base", default="toybox", show_default=True, metavar="BASE", help=BASE_HELP)
+@click.option("--adapter", type=FilePath(), metavar="FILE", help="An adapter of that base.")
+@click.option("--tuned", type=FilePath(), metavar="FOLDER", help="A fully tuned model in diffusers' layout.")
+@click.option("--compare", multiple=True, type=FilePath(), metavar="PATH",
+              help="Adapters and tuned models; may be given several times, and paths may follow one another. "
+              "The first is what the others are compared with.")  # fmt: skip
+@click.argument("more", nargs=-1, type=FilePath(), metavar="[PATH]...")
+@click.option("--instance-data-dir", required=True, type=FilePath(), metavar="DIR",
+              help="The subject's photographs.")  # fmt: skip
+@click.option("--class-noun", required=True, metavar="NOUN", help="What the subject is, e.g. dog.")
+@click.option("--identifier", metavar="TOKEN",
+              help="The word for the subject.  [default: what the adapter's file says]")  # fmt: skip
+@click.option("--prompts", "prompts_file", type=FilePath(), metavar="FILE",
+              help="One prompt a line, {} for the subject.  "
+              "[default: DreamBooth's 25; on toybox its contexts]")  # fmt: skip
+@click.option("--kind", type=click.Choice(_KINDS), default="object", show_default=True,
+              help="Which of DreamBooth's lists: live is for people and animals.")  # fmt: skip
+@click.option("--image-encoder", default=_DEFAULT_ENCODER, show_default=True, metavar="ENCODER",
+              help="Folder or hub id of a DINO, DINOv2 or CLIP; the paper's is DINO ViT-S/16.")  # fmt: skip
+@click.option("--text-image-encoder", metavar="ENCODER",
+              help="Folder or hub id of a CLIP; without it prompt fidelity is not measured.")  # fmt: skip
+@click.option("--num-images-per-prompt", type=click.IntRange(min=1), default=4, show_default=True,
+              metavar="N", help="Seeds of every prompt.")  # fmt: skip
+@click.option("--num-class-images", type=click.IntRange(min=2), default=24, show_default=True,
+              metavar="N", help="Pictures of the class.")  # fmt: skip
+@click.option("--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True,
+              metavar="N", help="Denoising steps.")  # fmt: skip
+@click.option(
+    "--guidance-scale", type=float, metavar="X", help="How strictly to follow the prompt.  [preset]"
+)
+@click.option("--seed", type=click.IntRange(min=0), default=1000, show_default=True, metavar="N",
+              help="Of the first picture of every prompt.")  # fmt: skip
+@click.option("--json", "json_path", type=FilePath(), metavar="OUT", help="Where the figures go, as JSON.")
+@overwrite_option
+def evaluate(
+    base: str,
+    adapter: Path | None,
+    tuned: Path | None,
+    compare: tuple[Path, ...],
+    more: tuple[Path, ...],
+    class_noun: str,
+    identifier: str | None,
+    json_path: Path | None,
+    overwrite: bool,
+    **request: Any,
+) -> None:
+    """Score adapters and tuned models.
+
+    Does it show the subject, does it follow the prompt, what became of the class and of everything else? As
+    in DreamBooth's paper: prompts times seeds, with intervals of 95 %. Under another encoder than the paper's
+    the figures go by its name, and compare with each other only.
+
+    \b
+    Example:
+      dbadapter evaluate --adapter my-dog/my-dog.safetensors --instance-data-dir photos --class-noun dog
+    """
+    paths = [path for path in (adapter, tuned) if path is not None] + [*compare, *more]
+    if not paths:
+        raise UsageError("give what is scored: --adapter FILE, --tuned FOLDER, or --compare PATH PATH...")
+    if more and not compare:
+        raise UsageError(f"{more[0]}: paths follow --compare; for one adapter pass --adapter FILE")
+    if json_path is not None and json_path.exists() and not overwrite:
+        raise OutputError(f"{json_path} exists already: choose another name or overwrite it (--overwrite)")
+    report = _report(base, paths, class_noun, identifier, **request)
+    _show(report)
+    if json_path is not None:
+        _write(json_path, report)
+
+
+def _report(
+    base: str,
+    paths: list[Path],
+    class_noun: str,
+    identifier: str | None,
+    *,
+    instance_data_dir: Path,
+    prompts_file: Path | None,
+    kind: str,
+    image_encoder: str,
+    text_image_encoder: str | None,
+    **settings: Any,
+) -> dict[str, Any]:
+    from dbadapter import evaluation
+    from dbadapter.base import load_base
+    from dbadapter.encoders import load_encoder, load_text_image_encoder
+
+    candidates = [evaluation.load_candidate(path, class_noun, identifier) for path in paths]
+    names = [candidate.name for candidate in candidates]
+    if twice := next((name for name in names if names.count(name) > 1 or name == "base"), None):
+        raise UsageError(
+            f"two candidates are called {twice!r}: rename one, the report tells them apart by name"
+        )
+    encoder = load_encoder(image_encoder)
+    text = load_text_image_encoder(text_image_encoder) if text_image_encoder else None
+    loaded = load_base(base)
+    photographs = evaluation.load_photographs(instance_data_dir, max(loaded.resolution, 64))
+    prompts = _prompts(loaded.family, class_noun, kind, prompts_file)
+    with progress_bars() as progress:
+        report = evaluation.evaluate(
+            loaded,
+            candidates,
+            photographs,
+            prompts,
+            class_noun=class_noun,
+            encoder=encoder,
+            text_image_encoder=text,
+            settings=evaluation.Settings(**settings),
+            progress=progress,
+        )
+    return {"base": loaded.name, "photographs": len(photographs), **report}
+
+
+def _prompts(family: str, class_noun: str, kind: str, file: Path | None) -> Any:
+    """Return DreamBooth's prompts, or on toybox the contexts and things that it can draw."""
+    from dbadapter.evaluation_prompts import LIVE, OBJECT, UNRELATED, choose_prompts, read_prompts
+
+    subject, unrelated = (LIVE if kind == "live" else OBJECT), UNRELATED
+    if family == "toybox":
+        from dbadapter.toybox.names import CONTEXTS, NOUNS
+
+        subject = tuple(f"a photo of {{}} {context}".strip() for context in CONTEXTS)
+        others = [noun for noun in NOUNS if noun != class_noun][: len(UNRELATED)]
+        unrelated = tuple(
+            f"a photo of a {noun} {context}".strip() for noun, context in zip(others, CONTEXTS, strict=False)
+        )
+    return choose_prompts(class_noun, read_prompts(file) if file else subject, unrelated)
+
+
+def _show(report: dict[str, Any]) -> None:
+    click.echo(
+        f"encoder {report['image_encoder']}; photographs among themselves {report['subject_ceiling']:.3f}"
+    )
+    for name, figures in report["figures"].items():
+        click.echo(f"{name}: " + ", ".join(_cell(label, figures[key]) for key, label in _COLUMNS.items()))
+    for entry in report["differences"]:
+        click.echo(
+            f"{entry['of']} minus {entry['minus']}, {entry['figure']}: {entry['value']:+.3f} "
+            f"[{entry['low']:+.3f}, {entry['high']:+.3f}]"
+        )
+
+
+def _cell(label: str, figure: Any) -> str:
+    if isinstance(figure, dict):
+        return f"{label} {figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+    return f"{label} {figure:.3f}" if isinstance(figure, float) else f"{label} {figure}"
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror or error}): pass another --json"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

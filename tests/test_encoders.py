@@ -1,0 +1,111 @@
+"""Encoders: real ones of transformers with random weights, and EfficientNet-Lite2 on real photographs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
+
+from dbadapter import encoders, metrics, toybox
+from dbadapter.errors import UsageError
+from dbadapter.photographs import find_photographs, load_crop
+
+PHOTOGRAPHS = Path(__file__).resolve().parents[2] / "shared" / "data" / "dreambooth"
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = {"vocab_size": 49408, "max_position_embeddings": 16, "eos_token_id": 49407, "bos_token_id": 49406}
+    config = CLIPConfig(
+        text_config={**small, **words, "projection_dim": 24},
+        vision_config={**small, "image_size": 32, "patch_size": 8, "projection_dim": 24},
+        projection_dim=24,
+    )
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(toybox.folder() / "tokenizer", model_max_length=16)
+    size: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPProcessor(CLIPImageProcessor(**size), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def pictures(count: int) -> list[Image.Image]:
+    drawn = np.random.default_rng(0)
+    sizes = [(48, 40 + 8 * i, 3) for i in range(count)]
+    return [Image.fromarray(drawn.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
+
+
+def test_clip_embeds_pictures_and_prompts_into_one_space(clip: Path) -> None:
+    encoder = encoders.load_text_image_encoder(str(clip))
+    assert encoder.name == f"clip: {clip.name}"
+    assert encoder.embed_text is not None
+    shown, said = encoder.embed(pictures(3)), encoder.embed_text(["a dog", "a cat", "a dog"])
+    assert shown.shape == said.shape == (3, 24)
+    assert torch.allclose(said[0], said[2], atol=1e-6)
+    assert not torch.allclose(said[0], said[1], atol=1e-3)
+    assert torch.allclose(encoders.load_encoder(str(clip)).embed(pictures(3)), shown)
+    assert metrics.prompt_similarity(shown, said).abs().max() <= 1
+
+
+def test_dino_takes_the_class_token(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
+    )
+    model = ViTModel(config, add_pooling_layer=False).eval()
+    model.save_pretrained(tmp_path)
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    processor.save_pretrained(tmp_path)
+    found = encoders.load_encoder(str(tmp_path)).embed(pictures(2))
+    with torch.no_grad():
+        values = processor(images=pictures(2), return_tensors="pt")
+        expected = model(**values).last_hidden_state[:, 0]
+    assert torch.allclose(found, expected, atol=1e-5)
+    with pytest.raises(UsageError, match="has no text side"):
+        encoders.load_text_image_encoder(str(tmp_path))
+
+
+def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match=r"cannot be loaded.*DINO, DINOv2 or CLIP") as caught:
+        encoders.load_encoder(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
+    with pytest.raises(UsageError, match=r"pip install 'dbadapter\[metrics\]'"):
+        encoders.load_encoder()
+
+
+def test_efficientnet_tells_subjects_apart() -> None:
+    """Six of the paper's subjects: each photograph's nearest other one shows the same subject."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    shown, labels = [], []
+    for number, folder in enumerate(sorted(path for path in PHOTOGRAPHS.iterdir() if path.is_dir())):
+        for photograph in find_photographs(folder):
+            pixels = (load_crop(photograph, (260, 260)).pixels + 1) * 127.5
+            shown.append(Image.fromarray(pixels.permute(1, 2, 0).round().byte().numpy()))
+            labels.append(number)
+    vectors = encoders.load_encoder().embed(shown)
+    table = metrics.distances(vectors).fill_diagonal_(9)
+    right = [labels[int(i)] == label for i, label in zip(table.argmin(1), labels, strict=True)]
+    assert sum(right) / len(right) > 0.9

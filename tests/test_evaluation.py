@@ -1,0 +1,232 @@
+"""`evaluate` on a tiny base: what is drawn, what is paired, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from dbadapter import evaluation
+from dbadapter.adapter import Adapter
+from dbadapter.adapter_file import AdapterDescription, write_adapter
+from dbadapter.base import Base, load_base
+from dbadapter.cli import main
+from dbadapter.cli.evaluate import _prompts
+from dbadapter.encoders import Encoder
+from dbadapter.errors import DataError, UsageError
+from dbadapter.evaluation import Settings, evaluate, load_candidate, load_photographs
+from dbadapter.evaluation_prompts import LIVE, OBJECT, Prompts, choose_prompts, read_prompts
+from dbadapter.export.parity import synthetic_adapter
+from dbadapter.model_folder import write_model_folder
+
+PROMPTS = Prompts(("a {} on grass", "a red {}"), "a photo of a dog", ("a lake",))
+FEW = Settings(num_images_per_prompt=2, num_class_images=3, num_inference_steps=2)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_base_folder: Path) -> Base:
+    return load_base(str(tiny_base_folder), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photographs")
+    drawn = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(drawn.integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, name in enumerate(("dog", "hat")):
+        adapter = synthetic_adapter(base, seed=seed)
+        write_adapter(
+            folder / f"{name}.safetensors", adapter, description=AdapterDescription(trigger="sks dog")
+        )
+    return folder
+
+
+def pixels(pictures: Any) -> torch.Tensor:
+    """An encoder that hides nothing."""
+    small = [np.asarray(picture.convert("RGB").resize((8, 8)), dtype=np.float32) for picture in pictures]
+    return torch.from_numpy(np.stack(small)).flatten(1) - 128
+
+
+ENCODER = Encoder("pixels", pixels)
+
+
+def test_every_candidate_meets_the_same_prompts_and_seeds(base: Base, photographs: Path, files: Path) -> None:
+    before = {name: value.clone() for name, value in base.unet.state_dict().items()}
+    candidates = [load_candidate(files / f"{name}.safetensors", "dog") for name in ("dog", "hat")]
+    seen: list[tuple[str, int, int]] = []
+    shown = load_photographs(photographs, 32)
+    report = evaluate(
+        base,
+        candidates,
+        shown,
+        PROMPTS,
+        class_noun="dog",
+        encoder=ENCODER,
+        settings=FEW,
+        progress=lambda *parts: seen.append(parts),
+    )
+    assert list(report["figures"]) == ["base", "dog", "hat"]
+    assert report["figures"]["base"]["drift"]["value"] == pytest.approx(0, abs=1e-6)
+    assert report["figures"]["dog"]["drift"]["value"] > 1e-3
+    assert report["figures"]["dog"]["subject_fidelity"]["count"] == 4
+    assert report["figures"]["dog"]["diversity"]["count"] == 3
+    assert report["figures"]["dog"]["prompt_fidelity"] == report["text_image_encoder"] == "not measured"
+    assert report["figures"]["dog"]["bytes"] == (files / "dog.safetensors").stat().st_size
+    assert {entry["figure"] for entry in report["differences"]} == {"subject_fidelity", "drift"}
+    assert all(entry["of"] == "hat" and entry["minus"] == "dog" for entry in report["differences"])
+    assert seen[-1] == ("drawing, hat", 9, 9)
+    assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
+
+
+def test_figures_are_those_of_what_the_adapter_draws(base: Base, photographs: Path, files: Path) -> None:
+    from dbadapter import lora, metrics
+    from dbadapter.sampling import generate_pictures
+
+    candidate = load_candidate(files / "dog.safetensors", "dog")
+    shown = load_photographs(photographs, 32)
+    report = evaluate(base, [candidate], shown, PROMPTS, class_noun="dog", encoder=ENCODER, settings=FEW)
+    lora.apply(base.pipeline, {files / "dog.safetensors": 1.0})
+    drawn = generate_pictures(
+        base.pipeline,
+        ["a sks dog on grass", "a red sks dog"],
+        num_images_per_prompt=2,
+        seeds=[1000, 1001, 1000, 1001],
+        num_inference_steps=2,
+    )
+    lora.apply(base.pipeline, {})
+    values = metrics.similarity(pixels([each.image for each in drawn]), pixels(shown))
+    assert report["figures"]["dog"]["subject_fidelity"]["value"] == pytest.approx(
+        float(values.mean()), abs=1e-3
+    )
+    assert report["subject_ceiling"] == pytest.approx(metrics.subject_ceiling(pixels(shown)))
+
+
+def test_a_copy_scores_the_ceiling_and_is_seen_as_one(
+    base: Base, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = load_photographs(photographs, 32)
+
+    def copies(*_: Any) -> dict[str, list[Image.Image]]:
+        return {"subject": [shown[0]] * 4, "class": shown, "unrelated": [shown[0]] * 2}
+
+    monkeypatch.setattr(evaluation, "_draw", copies)
+    report = evaluate(base, [], shown, PROMPTS, class_noun="dog", encoder=ENCODER, settings=FEW)
+    assert report["figures"]["base"]["nearest_photograph"] == pytest.approx(1)
+    # One of the three is the photograph itself.
+    others = report["figures"]["base"]["subject_fidelity"]["value"] * 3 - 1
+    assert others / 2 == pytest.approx(report["subject_ceiling"], abs=0.2)
+
+
+def test_a_tuned_model_needs_its_word(base: Base, photographs: Path, tmp_path: Path) -> None:
+    write_model_folder(base.pipeline, tmp_path / "tuned")
+    with pytest.raises(UsageError, match="pass --identifier"):
+        load_candidate(tmp_path / "tuned", "dog")
+    candidate = load_candidate(tmp_path / "tuned", "dog", "sks")
+    report = evaluate(
+        base,
+        [candidate],
+        load_photographs(photographs, 32),
+        PROMPTS,
+        class_noun="dog",
+        encoder=ENCODER,
+        settings=FEW,
+    )
+    assert report["figures"]["tuned"]["drift"]["value"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_paper_has_25_prompts_of_each_kind() -> None:
+    assert len(OBJECT) == len(LIVE) == len(set(OBJECT)) == len(set(LIVE)) == 25
+    assert all(template.count("{}") == 1 for template in (*OBJECT, *LIVE))
+    assert choose_prompts("owl", LIVE).subject == LIVE
+    assert choose_prompts("owl").class_prompt == "a photo of an owl"
+
+
+def test_toybox_is_asked_for_what_it_can_draw() -> None:
+    prompts = _prompts("toybox", "mug", "object", None)
+    assert "a photo of {} on the beach" in prompts.subject
+    assert not any("mug" in text for text in prompts.unrelated)
+    assert _prompts("sd1", "mug", "live", None).subject == LIVE
+
+
+def test_a_file_of_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("# mine\n\na {} in a boat\n{subject} asleep\n")
+    assert read_prompts(file) == ("a {} in a boat", "{} asleep")
+    file.write_text("a {} in a boat\na dog\n")
+    with pytest.raises(DataError, match=r"line 2: a prompt must hold \{\} once"):
+        read_prompts(file)
+    file.write_text("\n")
+    with pytest.raises(DataError, match="1 to 500 prompts"):
+        read_prompts(file)
+    with pytest.raises(DataError, match="cannot be read"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(main, ["evaluate", "--class-noun", "dog", *words])
+
+
+def test_the_command(tiny_base_folder: Path, photographs: Path, files: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    (tmp_path / "prompts.txt").write_text("a {} on grass\n")
+    out = tmp_path / "report.json"
+    words = ["--base", str(tiny_base_folder), "--instance-data-dir", str(photographs), "--json", str(out)]
+    words += ["--prompts", str(tmp_path / "prompts.txt"), "--num-inference-steps", "1"]
+    words += ["--num-images-per-prompt", "1", "--num-class-images", "2"]
+    both = [str(files / "dog.safetensors"), str(files / "hat.safetensors")]
+    done = run(*words, "--compare", *both)
+    assert done.exit_code == 0, done.output
+    assert "encoder efficientnet-lite2" in done.output
+    assert "hat minus dog, drift" in done.output
+    assert json.loads(out.read_text())["figures"].keys() == {"base", "dog", "hat"}
+    again = run(*words, "--compare", *both)
+    assert again.exit_code == 1
+    assert "--overwrite" in again.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "give what is scored"),
+        (("x.safetensors",), "paths follow --compare"),
+        (("--adapter", "none.safetensors"), "does not exist"),
+        (("--adapter", "dog.safetensors", "--compare", "dog.safetensors"), "two candidates are called 'dog'"),
+        (("--adapter", "dog.safetensors", "--image-encoder", "."), "cannot be loaded"),
+    ],
+)
+def test_refusals_are_one_line(
+    words: tuple[str, ...], said: str, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(files)
+    done = run("--instance-data-dir", str(photographs), *words)
+    assert done.exit_code in (1, 2)
+    assert done.stderr.startswith("Error: ")
+    assert said in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_one_photograph_is_not_enough(tmp_path: Path) -> None:
+    Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
+    with pytest.raises(DataError, match="holds 1 photograph"):
+        load_photographs(tmp_path, 32)
+
+
+def test_an_adapter_without_words_asks_for_them(base: Base, tmp_path: Path) -> None:
+    adapter = synthetic_adapter(base)
+    write_adapter(tmp_path / "mute.safetensors", Adapter(adapter.family, adapter.modules, {}))
+    with pytest.raises(UsageError, match="pass --identifier"):
+        load_candidate(tmp_path / "mute.safetensors", "dog")
+    assert load_candidate(tmp_path / "mute.safetensors", "dog", "wxv").subject == "wxv dog"

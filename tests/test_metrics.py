@@ -1,0 +1,99 @@
+"""DreamBooth's figures against hand calculations, and whether the intervals cover."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dbadapter import metrics
+
+EAST, NORTH = [1.0, 0.0], [0.0, 2.0]
+DIAGONAL = [3.0, 3.0]
+HALF = math.sqrt(0.5)
+
+
+def test_similarity_by_hand() -> None:
+    found = metrics.similarity(torch.tensor([EAST, DIAGONAL]), torch.tensor([EAST, NORTH]))
+    assert found.tolist() == pytest.approx([(1 + 0) / 2, (HALF + HALF) / 2])
+
+
+def test_a_perfect_copy_scores_the_ceiling_and_noise_the_floor() -> None:
+    generator = torch.Generator().manual_seed(0)
+    subject = torch.randn(1, 4096, generator=generator)
+    photographs = subject + 0.3 * torch.randn(6, 4096, generator=generator)
+    more = subject + 0.3 * torch.randn(20, 4096, generator=generator)
+    noise = torch.randn(20, 4096, generator=generator)
+    ceiling = metrics.subject_ceiling(photographs)
+    assert float(metrics.similarity(more, photographs).mean()) == pytest.approx(ceiling, abs=0.01)
+    assert float(metrics.similarity(noise, photographs).mean()) == pytest.approx(0, abs=0.01)
+
+
+def test_a_memorising_adapter_is_caught() -> None:
+    generator = torch.Generator().manual_seed(0)
+    photographs = torch.randn(4, 256, generator=generator)
+    which, cosine = metrics.nearest(photographs[[2, 0]] * 3, photographs)
+    assert which.tolist() == [2, 0]
+    assert cosine.tolist() == pytest.approx([1, 1])
+    copies = photographs[0].repeat(5, 1)
+    assert metrics.pair_estimate(metrics.distances(copies)).value == pytest.approx(0, abs=1e-9)
+
+
+def test_prompt_similarity_and_drift_by_hand() -> None:
+    pictures, prompts = torch.tensor([EAST, NORTH]), torch.tensor([DIAGONAL, NORTH])
+    assert metrics.prompt_similarity(pictures, prompts).tolist() == pytest.approx([HALF, 1])
+    assert metrics.drift(pictures, prompts).tolist() == pytest.approx([1 - HALF, 0])
+
+
+def test_ceiling_and_diversity_by_hand() -> None:
+    three = torch.tensor([EAST, NORTH, DIAGONAL])
+    assert metrics.subject_ceiling(three) == pytest.approx((0 + HALF + HALF) / 3)
+    assert metrics.pair_estimate(metrics.distances(three)).value == pytest.approx(1 - 2 * HALF / 3)
+    with pytest.raises(ValueError, match="at least two pictures, got 1"):
+        metrics.subject_ceiling(three[:1])
+
+
+def test_differences_are_paired() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hard = torch.randn(8, 4, generator=generator)  # some prompts are hard for both
+    better = metrics.difference(hard + 0.05, hard)
+    assert (better.low, better.value, better.high) == pytest.approx((0.05, 0.05, 0.05))
+    with pytest.raises(ValueError, match=r"got \(8, 4\) and \(8, 3\)"):
+        metrics.difference(hard, hard[:, :3])
+
+
+def test_the_interval_of_a_mean_covers() -> None:
+    """Prompts and seeds have effects of their own; a bootstrap over pictures alone would miss that."""
+    generator = torch.Generator().manual_seed(1)
+    inside = 0
+    for trial in range(200):
+        prompts = torch.randn(20, 1, generator=generator)
+        seeds = 0.5 * torch.randn(1, 12, generator=generator)
+        table = prompts + seeds + torch.randn(20, 12, generator=generator)
+        found = metrics.estimate(table, draws=400, seed=trial)
+        inside += found.low <= 0 <= found.high
+    assert 0.90 <= inside / 200 <= 0.99
+
+
+def test_the_interval_over_pairs_covers() -> None:
+    generator = torch.Generator().manual_seed(2)
+    truth = metrics.pair_estimate(metrics.distances(torch.randn(1500, 4, generator=generator) + 1)).value
+    inside = 0
+    for trial in range(150):
+        table = metrics.distances(torch.randn(24, 4, generator=generator) + 1)
+        found = metrics.pair_estimate(table, draws=400, seed=trial)
+        inside += found.low <= truth <= found.high
+    assert 0.87 <= inside / 150 <= 0.99
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
+def test_an_interval_repeats(prompts: int, seeds: int, seed: int) -> None:
+    table = torch.randn(prompts, seeds, generator=torch.Generator().manual_seed(seed))
+    found = metrics.estimate(table, draws=200, seed=seed)
+    assert found.low <= found.high
+    assert found.count == prompts * seeds
+    assert found == metrics.estimate(table, draws=200, seed=seed)
