@@ -31,7 +31,8 @@ from dbadapter.adapter_metadata import (
 from dbadapter.adapter_parts import layers_of, parts_of, text_width
 from dbadapter.errors import AdapterError, OutputError
 from dbadapter.peft_config import PeftAlphas
-from dbadapter.safetensors_file import Chunks, read_header, write_files
+from dbadapter.safetensors_file import Chunks, write_files
+from dbadapter.safetensors_header import read_header
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,7 +14,8 @@ from dbadapter.errors import AdapterError
 from dbadapter.folding import Foldings
 from dbadapter.keys import Part
 from dbadapter.peft_config import PeftAlphas
-from dbadapter.safetensors_file import DTYPES, Header, check_finite, read_tensors
+from dbadapter.safetensors_file import DTYPES, check_finite, read_tensors
+from dbadapter.safetensors_header import Header
 
 __all__ = ["MAX_RANK", "Parts", "layers_of", "parts_of", "text_width"]
 

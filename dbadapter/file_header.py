@@ -1,20 +1,19 @@
 """The header of a safetensors file: names, shapes and metadata without loading a weight, and its checksums.
 
-safetensors itself checks the header (size, offsets, dtypes against shapes); what is read here beyond its
-interface is where each tensor's bytes lie, for single numbers such as alpha and for the hashes.
+Without torch: where each tensor lies, for single numbers such as alpha and for the hashes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from dbadapter import safetensors_header
 from dbadapter.errors import AdapterError
+from dbadapter.safetensors_header import Entry, header_bytes
 
 __all__ = ["Checksums", "Header", "TensorInfo", "checksums", "numbers", "read_header"]
 
@@ -70,35 +69,16 @@ def read_header(path: Path) -> Header:
     Raises:
         AdapterError: no safetensors file (a pickle is named and never opened), or broken; one line.
     """
-    from safetensors import SafetensorError, safe_open
-
-    _check_kind(path)
-    try:
-        # Refuses bad lengths, offsets that overlap or leave gaps, and shapes that do not fit the bytes.
-        with safe_open(path, framework="np"):
-            pass
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            fields: dict[str, Any] = json.loads(file.read(length))
-        size = path.stat().st_size
-    except (SafetensorError, OSError, ValueError, RecursionError, struct.error) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise AdapterError(f"{path} is broken or cut short ({reason}): get the file again") from None
-    metadata = fields.pop("__metadata__", None) or {}
-    start = 8 + length
+    checked = safetensors_header.read_header(path)
+    start = checked.data_start
     tensors = {
-        name: TensorInfo(
-            field["dtype"],
-            tuple(field["shape"]),
-            start + field["data_offsets"][0],
-            start + field["data_offsets"][1],
-        )
-        for name, field in fields.items()
+        name: TensorInfo(entry.dtype, entry.shape, start + entry.begin, start + entry.end)
+        for name, entry in checked.entries.items()
     }
     if not tensors:
         raise AdapterError(f"{path} holds no tensors: give the .safetensors file of an adapter")
-    in_order = dict(sorted(tensors.items(), key=lambda item: item[1].begin))
-    return Header(path, size, start, metadata, in_order)
+    size = max(tensor.end for tensor in tensors.values())
+    return Header(path, size, start, checked.metadata, tensors)
 
 
 def numbers(header: Header, names: Iterable[str]) -> dict[str, float]:
@@ -164,35 +144,11 @@ def _length_with_ss_only(header: Header) -> int:
 
     Only the length matters for the legacy hash, so that the order of the entries need not be known.
     """
-    fields: dict[str, object] = {
-        name: {
-            "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [tensor.begin - header.data_start, tensor.end - header.data_start],
-        }
+    entries = {
+        name: Entry(
+            tensor.dtype, tensor.shape, tensor.begin - header.data_start, tensor.end - header.data_start
+        )
         for name, tensor in header.tensors.items()
     }
-    kept: Mapping[str, str] = {k: v for k, v in header.metadata.items() if k.startswith("ss_")}
-    text = json.dumps({"__metadata__": kept} | fields, separators=(",", ":"), ensure_ascii=False)
-    length = len(text.encode("utf-8", "surrogatepass"))
-    return 8 + length + -length % 8
-
-
-def _check_kind(path: Path) -> None:
-    """Refuse what is no safetensors file, by name; the first bytes tell more than the suffix."""
-    cure = "give the .safetensors file of an adapter"
-    try:
-        with path.open("rb") as file:
-            beginning = file.read(9)
-    except FileNotFoundError:
-        raise AdapterError(f"{path} does not exist: {cure}") from None
-    except OSError as error:
-        raise AdapterError(f"Cannot read {path}: {error.strerror or error}") from None
-    # The header's JSON is looked for first: a header of 128 bytes, or 384, begins like a pickle.
-    if beginning[8:] == b"{":
-        return
-    if beginning[:4] == b"PK\x03\x04" or beginning[:1] == b"\x80":
-        raise AdapterError(
-            f"{path} is a pickle, which can run code when it is loaded: convert it to safetensors first"
-        )
-    raise AdapterError(f"{path} is no safetensors file (its header is missing): {cure}")
+    kept = {key: value for key, value in header.metadata.items() if key.startswith("ss_")}
+    return len(header_bytes(entries, kept))

@@ -20,7 +20,8 @@ from torch import Tensor
 from dbadapter import keys
 from dbadapter.adapter import LoraWeights
 from dbadapter.errors import AdapterError
-from dbadapter.safetensors_file import DTYPES, NAMES, parse_json
+from dbadapter.safetensors_file import DTYPES, NAMES
+from dbadapter.safetensors_header import parse_json
 
 __all__ = ["FOLDED", "Folded", "Foldings", "fold"]
 

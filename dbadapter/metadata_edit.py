@@ -19,14 +19,8 @@ from dbadapter.adapter_parts import parts_of
 from dbadapter.errors import AdapterError, UsageError
 from dbadapter.folding import FOLDED
 from dbadapter.peft_config import HEADER_KEY
-from dbadapter.safetensors_file import (
-    MAX_HEADER_BYTES,
-    Header,
-    header_bytes,
-    read_data,
-    read_header,
-    write_files,
-)
+from dbadapter.safetensors_file import read_data, write_files
+from dbadapter.safetensors_header import MAX_HEADER_BYTES, Header, header_bytes, read_header
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -17,7 +17,7 @@ from typing import Any
 from dbadapter import keys
 from dbadapter.adapter import LoraWeights
 from dbadapter.errors import AdapterError
-from dbadapter.safetensors_file import parse_json
+from dbadapter.safetensors_header import parse_json
 
 __all__ = ["PeftAlphas", "check_plain", "header_config", "lora_config"]
 

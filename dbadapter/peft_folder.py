@@ -22,15 +22,8 @@ from dbadapter.adapter_parts import layers_of, parts_of
 from dbadapter.errors import AdapterError, OutputError
 from dbadapter.folding import FOLDED
 from dbadapter.peft_config import HEADER_KEY, PeftAlphas
-from dbadapter.safetensors_file import (
-    DTYPES,
-    Chunks,
-    Header,
-    parse_json,
-    read_header,
-    read_tensors,
-    write_files,
-)
+from dbadapter.safetensors_file import DTYPES, Chunks, read_tensors, write_files
+from dbadapter.safetensors_header import Header, parse_json, read_header
 
 __all__ = ["CONFIG", "WEIGHTS", "read", "write"]
 

@@ -67,6 +67,7 @@ LAYERS = (
     "tool_rules",
     "file_layout",
     "file_header",
+    "safetensors_header",
     "keys",
     "adapter_kinds",
     "metrics",

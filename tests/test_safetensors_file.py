@@ -15,9 +15,10 @@ import torch
 from command_line import assert_refused, run
 from safetensors.torch import load_file
 
-from dbadapter import safetensors_file
+from dbadapter import safetensors_header
 from dbadapter.errors import AdapterError
-from dbadapter.safetensors_file import MAX_HEADER_BYTES, read_header, read_tensors, serialise
+from dbadapter.safetensors_file import read_tensors, serialise
+from dbadapter.safetensors_header import MAX_HEADER_BYTES, read_header
 
 DOWN, UP = (
     "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",
@@ -166,7 +167,7 @@ def test_a_large_header_is_not_even_read(tmp_path: Path) -> None:
 def test_memory_for_the_worst_header_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sixteenth of the largest, in small entries: Python takes 24 times the bytes of the file."""
     small = MAX_HEADER_BYTES // 16
-    monkeypatch.setattr(safetensors_file, "MAX_HEADER_BYTES", small)
+    monkeypatch.setattr(safetensors_header, "MAX_HEADER_BYTES", small)
     path = tmp_path / "a.safetensors"
     many = ",".join(f'"{i:x}":0' for i in range(small // 9))
     path.write_bytes(framed(b"{" + many.encode()[: small - 60] + b',"x":0}'))
@@ -174,7 +175,7 @@ def test_memory_for_the_worst_header_is_bounded(tmp_path: Path, monkeypatch: pyt
 
 
 def test_too_many_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_file, "MAX_TENSORS", 1)
+    monkeypatch.setattr(safetensors_header, "MAX_TENSORS", 1)
     path = tmp_path / "a.safetensors"
     path.write_bytes(content())
     with pytest.raises(AdapterError, match="has 2 tensors, an adapter at most 1"):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 _INSTRUMENTED = (
     "adapter", "adapter_file", "adapter_kinds", "adapter_metadata", "adapter_parts", "folding", "keys",
-    "ldm_names", "metadata_edit", "peft_config", "peft_folder", "safetensors_file",
+    "ldm_names", "metadata_edit", "peft_config", "peft_folder", "safetensors_file", "safetensors_header",
 )  # fmt: skip
 
 MOST_DATA = 1 << 16  # bytes behind a header that says how many it needs
