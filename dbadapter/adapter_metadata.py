@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from dbadapter import keys, ldm_names
 from dbadapter.adapter import Adapter
 from dbadapter.errors import AdapterError
+from dbadapter.file_kinds import PREDICTIONS
 from dbadapter.folding import FOLDED
 from dbadapter.peft_config import HEADER_KEY
 from dbadapter.safetensors_file import Chunks, serialise, window
@@ -34,6 +35,7 @@ __all__ = [
     "is_derived",
     "layers_per_block",
     "legacy_hash",
+    "prediction_of",
     "sidecar",
     "tensor_hashes",
     "thumbnail",
@@ -182,6 +184,17 @@ def with_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> C
     plain = serialise(tensors, {key: value for key, value in metadata.items() if key.startswith("ss_")})
     hashes = tensor_hashes(*plain[1:]) | {"sshs_legacy_hash": legacy_hash(*plain)}
     return serialise(tensors, {**metadata, **hashes})
+
+
+def prediction_of(metadata: Mapping[str, str]) -> str:
+    """Return what an adapter's base predicts, "epsilon" or "v_prediction"; "" where the file does not say.
+
+    Files of sd-scripts say it of SD2 in their base's version alone.
+    """
+    stated = PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""), "")
+    return stated or {"sd_v2": "epsilon", "sd_v2_v": "v_prediction"}.get(
+        metadata.get("ss_base_model_version", ""), ""
+    )
 
 
 def tensor_hashes(*tensor_bytes: bytes | memoryview) -> dict[str, str]:

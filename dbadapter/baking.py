@@ -22,6 +22,10 @@ __all__ = ["NOTE", "bake", "check_base_output", "write_base"]
 
 # What was baked, in a folder; a single file says it in its header.
 NOTE = "dbadapter_merge.json"
+_PARTS = {
+    *("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"),
+    *("safety_checker", "feature_extractor", "image_encoder", "model_index.json", NOTE),
+}
 
 
 def bake(base: Base, adapters: Mapping[str | PathLike[str] | Adapter, float]) -> dict[str, Any]:
@@ -70,6 +74,11 @@ def check_base_output(path: Path, overwrite: bool) -> None:
             raise OutputError(f"{path} exists already: pass --overwrite or another --output-base")
         if not (path / "model_index.json").is_file():
             raise OutputError(f"{path} holds something else than a model: pass another --output-base")
+        if foreign := sorted(each.name for each in path.iterdir() if each.name not in _PARTS):
+            raise OutputError(
+                f"{path} holds {foreign[0]}, which is no part of a model and would be lost: move it, or pass "
+                "another --output-base"
+            )
 
 
 def write_base(

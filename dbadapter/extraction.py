@@ -148,7 +148,7 @@ def _pairs(base: Base, tuned: Base) -> dict[str, tuple[Tensor, Tensor]]:
     """Return every layer's weight in both models.
 
     Raises:
-        BaseError: they are of different architectures.
+        BaseError: they are of different architectures, predict different things, or are not finite.
     """
     if not same_family(base.family, tuned.family):
         raise BaseError(
@@ -163,6 +163,14 @@ def _pairs(base: Base, tuned: Base) -> dict[str, tuple[Tensor, Tensor]]:
                 f"{base.name} and {tuned.name} differ in more than weights: {name} has the shape {shapes[0]} "
                 f"in one and {shapes[1]} in the other; pass the base that it was tuned from"
             )
+    for which, weights in ((base, before), (tuned, after)):
+        if broken := next((name for name, value in weights.items() if not torch.isfinite(value).all()), None):
+            raise BaseError(f"{which.name} has values that are not finite in {broken}: it cannot be used")
+    if base.prediction_type != tuned.prediction_type:
+        raise BaseError(
+            f"{base.name} predicts {base.prediction_type}, {tuned.name} {tuned.prediction_type}: pass the "
+            "base that it was tuned from"
+        )
     return {name: (before[name], after[name]) for name in before}
 
 

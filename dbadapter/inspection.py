@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from dbadapter import keys
 from dbadapter.errors import AdapterError
 from dbadapter.file_header import Checksums, Header, checksums, numbers, read_header
 from dbadapter.file_layout import Entry, describe_keys
+from dbadapter.peft_config import HEADER_KEY, PeftAlphas, read_config
+from dbadapter.safetensors_header import parse_json
 from dbadapter.tool_rules import FAMILIES, AdapterFile, Outcome, outcomes, tools
 
 __all__ = ["SCHEMA", "inspect_file"]
@@ -100,10 +102,12 @@ def _read(path: Path) -> _Contents:
         entries = describe_keys(header.tensors, _layers_per_block(header.metadata))
         alphas = numbers(header, [e.key for e in entries if e.part == "alpha"])
         shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-        metadata = header.metadata
-        return _Contents(
-            (header,), tuple(entries), shapes, metadata, alphas | _peft_alphas(entries, metadata)
-        )
+        fields = _header_fields(header.metadata)
+        if fields:
+            where = f"{path}: the header's {HEADER_KEY}"
+            entries, said = _with_alphas(entries, shapes, fields, where)
+            alphas |= said
+        return _Contents((header,), tuple(entries), shapes, header.metadata, alphas)
     parts = {part: path / part for part in keys.COMPONENTS if (path / part / _PEFT_FILE).is_file()}
     if (path / _PEFT_FILE).is_file():
         parts = {"": path}
@@ -123,46 +127,57 @@ _PEFT_FILE = "adapter_model.safetensors"
 
 
 def _read_peft(folder: Path, component: str) -> _Contents:
-    """Read one folder of PEFT; a second one's equal names get the component in front."""
+    """Read one folder of PEFT; a second one's equal names get the component in front.
+
+    A text encoder's layer that stands there under both its names (`keys.to_peft`) counts once.
+    """
     header = read_header(folder / _PEFT_FILE)
-    config: dict[str, Any] = {}
-    try:
-        text = (folder / "adapter_config.json").read_text(encoding="utf-8")
-        read = json.loads(text)
-        config = read if isinstance(read, dict) else {}
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(
-            f"{folder / 'adapter_config.json'} cannot be read ({error}): get it again"
-        ) from None
-    entries = describe_keys(header.tensors)
+    config = read_config(folder / "adapter_config.json")
+    start = f"{keys.PEFT_PREFIX}text_model."
+    twins = {keys.PEFT_PREFIX + key.removeprefix(start) for key in header.tensors if key.startswith(start)}
+    entries = describe_keys([key for key in header.tensors if key not in twins])
     if component:
         entries = [
             replace(e, key=f"{component}:{e.key}", module=f"{component}:{e.module}", component=component)
             for e in entries
         ]
     shapes = {e.key: header.tensors[e.key.partition(":")[2] or e.key].shape for e in entries}
-    alpha = config.get("lora_alpha")
-    number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-    alphas = {e.key: float(alpha or 0) for e in entries if e.part == "down"} if number else {}
+    own = component or next((e.component for e in entries if e.component), "unet")
+    fields = {f"{own}.{key}": value for key, value in config.items()}
+    entries, alphas = _with_alphas(entries, shapes, fields, str(folder / "adapter_config.json"))
     return _Contents((header,), tuple(entries), shapes, header.metadata, alphas)
 
 
-def _peft_alphas(entries: Iterable[Entry], metadata: Mapping[str, str]) -> dict[str, float]:
-    """Return alpha by lora_A's key, where only the header says it in PEFT's form."""
+def _with_alphas(
+    entries: list[Entry], shapes: Mapping[str, tuple[int, ...]], fields: dict[str, Any], where: str
+) -> tuple[list[Entry], dict[str, float]]:
+    """Return the entries, those of DoRA marked, and alpha by lora_A's key, as PEFT's configuration says.
+
+    Raises:
+        AdapterError: a configuration that means neither plain LoRA nor DoRA.
+    """
+    dora = {key.partition(".")[0] for key in fields if key.endswith(".use_dora") and fields[key] is True}
+    plain = {key: value for key, value in fields.items() if not key.endswith(".use_dora")}
+    alphas = PeftAlphas(plain, where)
+    marked = [
+        replace(e, algorithm="dora") if e.component in dora and e.algorithm == "lora" else e for e in entries
+    ]
+    said = {key.partition(".")[0] for key in plain}
+    found = {
+        e.key: alphas.of(e.layer, shapes[e.key][0])
+        for e in entries
+        if e.part == "down" and e.layer is not None and e.component in said
+    }
+    return marked, found
+
+
+def _header_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return PEFT's configuration in the header of a file in diffusers' format; none if it is broken."""
     try:
-        fields = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError):
+        fields = parse_json(metadata.get(HEADER_KEY, "{}").encode("utf-8", "replace"))
+    except AdapterError:
         return {}
-    if not isinstance(fields, dict):
-        return {}
-    found: dict[str, float] = {}
-    for entry in entries:
-        alpha = fields.get(f"{entry.component}.lora_alpha")
-        if entry.part == "down" and isinstance(alpha, int | float) and not isinstance(alpha, bool):
-            found[entry.key] = float(alpha)
-    return found
+    return fields if isinstance(fields, dict) else {}
 
 
 def _layers_per_block(metadata: Mapping[str, str]) -> int:

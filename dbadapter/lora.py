@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dbadapter import keys
 from dbadapter.adapter import Adapter, LoraWeights, adaptable_layers, check_fits, delta, fitted
 from dbadapter.adapter_file import read_adapter as load_adapter
+from dbadapter.adapter_metadata import prediction_of
 from dbadapter.base_folder import family_of_unet
 from dbadapter.errors import AdapterError, ConfigError
 
@@ -38,9 +39,6 @@ __all__ = [
 
 # The name of our one PEFT adapter on a model. Several files are applied as one, joined along the rank.
 ADAPTER_NAME = "dbadapter"
-
-# What files say (ModelSpec's "v", others' spelling too) in diffusers' words.
-_PREDICTION_TYPES = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
 
 # Ends of the UNet's layer names. `conv_in`, `conv_out` and the time embedding are left out: sd-scripts,
 # stable-diffusion.cpp and others drop them from a file, and the subject would come out differently there.
@@ -280,7 +278,7 @@ def check_fits_pipeline(adapter: Adapter, pipeline: Any) -> None:
     unet, text_encoder_2 = models["unet"], models.get("text_encoder_2")
     family = family_of_unet(getattr(unet, "config", {}), two_encoders=text_encoder_2 is not None)
     check_fits(adapter, unet, models.get("text_encoder"), text_encoder_2, base_family=family)
-    recorded = _PREDICTION_TYPES.get(adapter.metadata.get("modelspec.prediction_type", ""))
+    recorded = prediction_of(adapter.metadata)
     scheduler = getattr(pipeline, "scheduler", None)
     predicts = scheduler.config.get("prediction_type") if scheduler is not None else None
     if recorded and predicts and recorded != predicts:

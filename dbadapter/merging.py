@@ -22,8 +22,8 @@ import torch
 from dbadapter import low_rank
 from dbadapter.adapter import Adapter, LoraWeights, same_family
 from dbadapter.adapter_file import read_adapter, write_adapter
+from dbadapter.adapter_metadata import prediction_of
 from dbadapter.errors import AdapterError, UsageError
-from dbadapter.file_kinds import PREDICTIONS
 from dbadapter.low_rank import Factors
 
 __all__ = ["DTYPES", "RECORD", "Merged", "common_alpha", "lora_weights", "merge", "write_merged"]
@@ -170,7 +170,8 @@ def lora_weights(
     """
     a, b = low_rank.store(Factors(product.lora_A, product.lora_B * (product.rank / alpha)), dtype)
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise AdapterError(f"A weight of {name} is too large for {dtype}: pass --dtype float32")
+        cure = "pass --dtype float32" if dtype == torch.float16 else "give the adapters less weight"
+        raise AdapterError(f"A weight of {name} is too large for {dtype}: {cure}")
     ones = (1,) * (len(shape) - 2)
     return LoraWeights(a.reshape(-1, *shape[1:]), b.reshape(*b.shape, *ones).contiguous(), alpha)
 
@@ -254,7 +255,7 @@ def _metadata(adapters: Sequence[Adapter], names: Sequence[str]) -> dict[str, st
     """
     headers = [adapter.metadata for adapter in adapters]
     kept = {k: v for k, v in headers[0].items() if all(h.get(k) == v for h in headers[1:])}
-    said = [PREDICTIONS.get(header.get(_PREDICTION, ""), "") for header in headers]
+    said = [prediction_of(header) for header in headers]
     if odd := _different(said, names):
         raise AdapterError(f"{odd}: adapters of bases that predict different things cannot be merged")
     if odd := _different([header.get(_LAYERS_PER_BLOCK, "") for header in headers], names):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dbadapter import keys
+from dbadapter.adapter import same_family
 from dbadapter.adapter_metadata import (
     family_of,
     layers_per_block,
@@ -16,7 +17,7 @@ from dbadapter.adapter_metadata import (
     thumbnail,
 )
 from dbadapter.adapter_parts import parts_of
-from dbadapter.errors import AdapterError, UsageError
+from dbadapter.errors import AdapterError, OutputError, UsageError
 from dbadapter.folding import FOLDED
 from dbadapter.peft_config import HEADER_KEY
 from dbadapter.safetensors_file import read_data, write_files
@@ -60,6 +61,8 @@ def edit_metadata(
     """
     path = Path(path)
     output = path if output is None else Path(output)
+    if output.suffix != ".safetensors":
+        raise OutputError(f"An adapter's file must end in .safetensors, got {output}")
     wanted = dict(changes or {})
     if not wanted and not remove and preview is None:
         raise UsageError("Nothing to change: pass --set KEY=VALUE, --remove KEY or --thumbnail IMAGE")
@@ -123,7 +126,12 @@ def _check_family(path: Path, header: Header, metadata: Mapping[str, str]) -> No
     ]
     two = any(keys.component_of(name) == "text_encoder_2" for name in parts)
     by_shape = family_of({}, next(iter(widths), None), two)
-    stated = family_of(metadata, None)
+    stated, before = family_of(metadata, None), family_of(header.metadata, None)
+    if by_shape == "unknown" and not same_family(before, stated):
+        raise AdapterError(
+            f"{path} is for a base of family {before}, the metadata would say {stated}: leave "
+            "ss_base_model_version and dbadapter.family as they are"
+        )
     if "unknown" not in (by_shape, stated) and stated.replace("toybox", "sd1") != by_shape:
         raise AdapterError(
             f"{path} holds an adapter for {by_shape} by the shapes of its tensors, the metadata would say "

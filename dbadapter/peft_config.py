@@ -12,16 +12,20 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dbadapter import keys
-from dbadapter.adapter import LoraWeights
 from dbadapter.errors import AdapterError
 from dbadapter.safetensors_header import parse_json
 
-__all__ = ["PeftAlphas", "check_plain", "header_config", "lora_config"]
+if TYPE_CHECKING:  # it brings torch, which `inspect` does without
+    from dbadapter.adapter import LoraWeights
+
+__all__ = ["PeftAlphas", "check_plain", "header_config", "lora_config", "read_config"]
 
 HEADER_KEY = "lora_adapter_metadata"
+_MAX_CONFIG_BYTES = 4 * 2**20  # SDXL with a pattern for every layer takes 150 kB
 _COUNT = 20_000  # patterns at most; SDXL has 800 layers
 
 # True or not empty, each makes factors mean something else, or leaves out a part of what was trained.
@@ -120,6 +124,33 @@ class PeftAlphas:
                 )
             found.setdefault(name, (place, _number(value, pattern[:40], self._where)))
         return found
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a folder's adapter_config.json.
+
+    Raises:
+        AdapterError: it is missing, too large, or no JSON object; the message names it.
+    """
+    if not path.is_file():
+        state = "no regular file" if path.exists() else "missing"
+        raise AdapterError(f"{path} is {state}, and alpha stands in it: get the folder again")
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_CONFIG_BYTES + 1)
+    except OSError as error:
+        raise AdapterError(f"Cannot read {path}: {error.strerror or error}") from None
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise AdapterError(
+            f"{path} has more than {_MAX_CONFIG_BYTES} bytes, so it is no configuration of PEFT"
+        )
+    try:
+        config = parse_json(text)
+    except AdapterError as error:
+        raise AdapterError(f"{path} cannot be read ({error}): get the folder again") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path} must hold a JSON object: get the folder again")
+    return config
 
 
 def check_plain(fields: Mapping[str, Any], where: str) -> None:

@@ -21,16 +21,15 @@ from dbadapter.adapter import LoraWeights
 from dbadapter.adapter_parts import layers_of, parts_of
 from dbadapter.errors import AdapterError, OutputError
 from dbadapter.folding import FOLDED
-from dbadapter.peft_config import HEADER_KEY, PeftAlphas
+from dbadapter.peft_config import HEADER_KEY, PeftAlphas, read_config
 from dbadapter.safetensors_file import DTYPES, Chunks, read_tensors, write_files
-from dbadapter.safetensors_header import Header, parse_json, read_header
+from dbadapter.safetensors_header import Header, read_header
 
 __all__ = ["CONFIG", "WEIGHTS", "read", "write"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _PICKLE = "adapter_model.bin"
-_MAX_CONFIG_BYTES = 4 * 2**20  # SDXL with a pattern for every layer takes 150 kB
 _ABOUT_ONE_FILE = ("sshs_", "modelspec.hash_sha256", HEADER_KEY, FOLDED, "format")
 
 
@@ -40,8 +39,9 @@ def read(folder: Path) -> tuple[dict[str, LoraWeights], dict[str, str]]:
     Raises:
         AdapterError: none is there, or one is broken or no plain LoRA; the message names the file.
     """
-    found = {c: folder / c for c in keys.COMPONENTS if (folder / c / CONFIG).is_file()}
-    if not found and (folder / CONFIG).is_file():
+    # By any of its files, so that a model whose other file is lost is an error and not left out.
+    found = {c: folder / c for c in keys.COMPONENTS if _is_there(folder / c)}
+    if not found and _is_there(folder):
         return _read_one(folder, None)
     if not found:
         raise AdapterError(
@@ -96,8 +96,12 @@ def write(
     return files
 
 
+def _is_there(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (CONFIG, WEIGHTS, _PICKLE))
+
+
 def _read_one(folder: Path, component: str | None) -> tuple[dict[str, LoraWeights], dict[str, str]]:
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     weights = folder / WEIGHTS
     if not weights.exists() and (folder / _PICKLE).exists():
         raise AdapterError(
@@ -156,25 +160,6 @@ def _component(folder: Path, config: Mapping[str, Any], names: list[str]) -> str
     made_for = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     second = found == "text_encoder" and made_for == "CLIPTextModelWithProjection"
     return "text_encoder_2" if second else found
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise AdapterError(f"Cannot read {path}: {error.strerror or error}") from None
-    if len(text) > _MAX_CONFIG_BYTES:
-        raise AdapterError(
-            f"{path} has more than {_MAX_CONFIG_BYTES} bytes, so it is no configuration of PEFT"
-        )
-    try:
-        config = parse_json(text)
-    except AdapterError as error:
-        raise AdapterError(f"{path} cannot be read ({error}): get the folder again") from None
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path} must hold a JSON object: get the folder again")
-    return config
 
 
 def _check_replaceable(folder: Path, overwrite: bool) -> None:

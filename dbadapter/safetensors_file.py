@@ -94,6 +94,8 @@ def write_files(contents: Mapping[Path, Chunks], overwrite: bool) -> None:
     Raises:
         OutputError: one exists already, or cannot be written; nothing has changed then.
     """
+    if folder := next((path for path in contents if path.is_dir()), None):
+        raise OutputError(f"{folder} is a folder; expected a file to write: choose another name")
     existing = [path for path in contents if path.exists()]
     if existing and not overwrite:
         raise OutputError(f"{existing[0]} exists already: choose another name or overwrite it (--overwrite)")
@@ -112,7 +114,9 @@ def write_files(contents: Mapping[Path, Chunks], overwrite: bool) -> None:
             name.replace(path)
     except OSError as error:
         where = error.filename or "the adapter"
-        raise OutputError(f"Cannot write {where}: {error.strerror or error}") from error
+        raise OutputError(
+            f"Cannot write {where}: {error.strerror or error}; make room or choose another name"
+        ) from error
     finally:
         for name in temporary.values():
             name.unlink(missing_ok=True)

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from dbadapter import file_kinds, single_file_keys
 from dbadapter.base import Base
-from dbadapter.errors import BaseError, OutputError
+from dbadapter.errors import AdapterError, BaseError, OutputError
 from dbadapter.model_folder import write_vocabulary
+from dbadapter.safetensors_header import read_header
 from dbadapter.single_file import CONFIGS
 from dbadapter.single_file_keys import Source
 
@@ -48,6 +49,8 @@ def check_single_file_output(file: Path, overwrite: bool) -> None:
     folder = file.with_suffix("")
     if file.is_dir():
         raise OutputError(f"{file} is a folder; expected a file to write: pass another --output-base")
+    if file.is_file() and overwrite and not _is_checkpoint(file):
+        raise OutputError(f"{file} is no checkpoint of a whole model: pass another --output-base")
     if folder.is_file() or (folder.is_dir() and not _only_configs(folder)):
         raise OutputError(
             f"{folder} holds more than configs, and a reader of {file.name} would take it for its own: pass "
@@ -191,9 +194,23 @@ def _write_configs(base: Base, folder: Path) -> None:
         write_vocabulary(tokenizer, folder / part)
 
 
+def _is_checkpoint(file: Path) -> bool:
+    try:
+        names = read_header(file).entries
+    except AdapterError:
+        return False
+    return any(name.startswith("model.diffusion_model.") for name in names)
+
+
 def _only_configs(folder: Path) -> bool:
-    endings = {".json", ".txt"}
-    return all(path.is_dir() or path.suffix in endings for path in folder.rglob("*"))
+    """Return whether a folder holds what `_write_configs` writes, and nothing else."""
+    parts = {"unet", "vae", "text_encoder", "text_encoder_2", "scheduler", "tokenizer", "tokenizer_2"}
+    inside = list(folder.rglob("*"))
+    return not inside or (
+        (folder / "model_index.json").is_file()
+        and all(path.name in (*parts, "model_index.json") for path in folder.iterdir())
+        and all(path.is_dir() or path.suffix in (".json", ".txt") for path in inside)
+    )
 
 
 @contextmanager

@@ -275,6 +275,24 @@ def test_the_command_bakes_and_takes_out_again(folders: dict[str, Path], tmp_pat
     assert_same(state(load(tmp_path / "plain.safetensors")), state(load(folders["sd1"])), 1e-6)
 
 
+def test_nothing_of_the_users_is_replaced(folders: dict[str, Path], tmp_path: Path) -> None:
+    base = load(folders["sd1"])
+    adapter = tmp_path / "dog.safetensors"
+    write_adapter(adapter, synthetic_adapter(base))
+    (tmp_path / "mug").mkdir()
+    (tmp_path / "mug" / "00.txt").write_text("a caption")
+    write_base(base, tmp_path / "model")
+    (tmp_path / "model" / "photos").mkdir()
+    before = adapter.read_bytes()
+    merge = ("merge", adapter, "--base", folders["sd1"], "--overwrite", "--output-base")
+    assert_refused(run(*merge, adapter), 1, "dog.safetensors is no checkpoint")
+    assert_refused(run(*merge, tmp_path / "mug.safetensors"), 1, "mug holds more than configs")
+    assert_refused(run(*merge, tmp_path / "model"), 1, "model holds photos, which is no part of a model")
+    assert adapter.read_bytes() == before
+    assert (tmp_path / "mug" / "00.txt").exists()
+    assert (tmp_path / "model" / "photos").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [

@@ -191,6 +191,15 @@ def test_a_lone_peft_folder_tells_its_model(tmp_path: Path, component: str) -> N
     assert {keys.component_of(name) for name in found.modules} == {component}
 
 
+@pytest.mark.parametrize("lost", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_model_of_a_peft_folder_is_never_left_out(tmp_path: Path, lost: str) -> None:
+    """Its other file shows that it was there."""
+    formats.write_peft(tmp_path / "peft", example())
+    (tmp_path / "peft" / "unet" / lost).unlink()
+    with pytest.raises(AdapterError, match=f"unet/{lost}"):
+        read_adapter(tmp_path / "peft")
+
+
 def test_a_peft_folder_is_replaced_whole_and_nothing_else_is(tmp_path: Path) -> None:
     folder = tmp_path / "dog"
     formats.write_peft(folder, example())

@@ -11,11 +11,14 @@ from typing import Any
 
 import adapter_layouts as layouts
 import pytest
+import torch
 from adapter_layouts import Shape, write_file
 from command_line import assert_refused, run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dbadapter import formats
+from dbadapter.adapter import Adapter, LoraWeights
 from dbadapter.errors import AdapterError
 from dbadapter.inspection import inspect_file
 
@@ -175,6 +178,54 @@ def test_peft_folder(tmp_path: Path) -> None:
     alone = inspect_file(tmp_path / "unet")
     assert alone["tensors"] == 4
     assert {row["loaded"] for row in alone["tools"]} == {0}
+
+
+def test_alpha_of_a_layer_by_its_pattern(tmp_path: Path) -> None:
+    """As `convert --to diffusers` and `--to peft` write layers of different ranks."""
+    modules = {name: LoraWeights(torch.ones(rank, 8), torch.ones(8, rank), 3.0) for name, rank in PATTERNED}
+    adapter = Adapter("sd1", modules)
+    formats.write_diffusers(tmp_path / "a.safetensors", adapter)
+    formats.write_peft(tmp_path / "peft", adapter)
+    plain = inspect_file(tmp_path / "a.safetensors")
+    assert plain["rank"]["counts"] == plain["alpha"]["counts"]  # folded: alpha is the rank
+    assert not any("alpha" in (row["reason"] or "") for row in plain["tools"])
+    folder = inspect_file(tmp_path / "peft")
+    assert folder["alpha"]["common"] == 3
+    assert folder["layers"] == {"text_encoder": {"text attention": 1}, "unet": {"attention": 2}}
+
+
+PATTERNED = (
+    ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q", 2),
+    ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_k", 5),
+    ("text_encoder.text_model.encoder.layers.0.self_attn.q_proj", 5),
+)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ('{"lora_alpha": 1%s}' % ("0" * 400), "lora_alpha"),
+        ('{"lora_alpha": NaN}', "NaN"),
+        ('{"lora_alpha": "8"}', "lora_alpha"),
+        ('{"peft_type": "LOHA"}', "LOHA"),
+        ('{"use_rslora": true}', "use_rslora"),
+        ("[]", "JSON object"),
+        (None, "is missing"),
+    ],
+)
+def test_a_peft_folder_whose_alpha_cannot_be_known(tmp_path: Path, config: str | None, said: str) -> None:
+    write_file(tmp_path / "adapter_model.safetensors", layouts.peft_folder(LAYERS, "unet"))
+    if config is not None:
+        (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(AdapterError, match=said) as caught:
+        inspect_file(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_dora_is_known_by_the_configuration(tmp_path: Path) -> None:
+    write_file(tmp_path / "adapter_model.safetensors", layouts.peft_folder(LAYERS, "unet"))
+    (tmp_path / "adapter_config.json").write_text('{"use_dora": true, "lora_alpha": 4}')
+    assert inspect_file(tmp_path)["algorithms"] == ["DoRA"]
 
 
 def broken_files(folder: Path) -> dict[str, tuple[bytes, str]]:

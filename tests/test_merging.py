@@ -298,6 +298,7 @@ def test_an_sdxl_file_of_mixed_ranks_arrives_in_diffusers(tmp_path: Path) -> Non
             r"At .*attn2.to_k, .* shape \(32, 32\), .* shape \(32, 64\)",
         ),
         (lambda a: a.metadata.update({"dbadapter.layers_per_block": "1"}), "layers per block"),
+        (lambda a: a.metadata.update({"ss_base_model_version": "sd_v2_v"}), "says v_prediction"),
     ],
 )
 def test_what_cannot_be_merged(change: Any, words: str) -> None:

@@ -40,6 +40,11 @@ def inspect(
       dbadapter inspect my-dog/my-dog.safetensors
       dbadapter inspect my-dog/my-dog.safetensors --verify --base stable-diffusion-v1-5
     """
+    if verify and adapter.is_dir():
+        raise UsageError(
+            f"--verify reads a file through diffusers' own loader, and {adapter} is a folder: convert it "
+            "first (dbadapter convert FOLDER --to diffusers --output FILE.safetensors)"
+        )
     if verify and base is None:
         raise UsageError("--verify needs --base BASE: the base that the adapter was trained on")
     if not verify and (base is not None or prediction_type is not None):

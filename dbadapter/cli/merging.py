@@ -93,8 +93,10 @@ def _merge(weights: dict[Any, float], output: Path, rank: int | None, dtype: str
     if rank is not None:
         for name, error in merged.errors.items():
             click.echo(f"{error:.3e}  rank {merged.adapter.modules[name].rank:<4} {name}")
+    if rank is None and merged.error > 0.01:  # rounding alone costs a thousandth at the most
+        warn(f"the sum is too small for {dtype}, which loses part of it: pass --dtype float32")
     number = "1 adapter" if len(weights) == 1 else f"{len(weights)} adapters"
-    what = f"cut to rank {rank}" if rank is not None else "exact but for rounding"
+    what = f"cut to at most rank {rank}" if rank is not None else "exact but for rounding"
     click.echo(
         f"{number} in {output}, {_size(merged.adapter)}; {what}, {dtype}: relative error {merged.error:.3e}"
     )
@@ -113,6 +115,8 @@ def _bake(
     from dbadapter.merging import DTYPES
 
     check_base_output(output, overwrite)
+    if same := next((path for path in weights if Path(path).resolve() == output.resolve()), None):
+        raise UsageError(f"--output-base {output} is the adapter {same} itself: pass another --output-base")
     base = load_base(spec, device="cpu", dtype=DTYPES[dtype], prediction_type=prediction_type)
     record = bake(base, weights)
     beside = write_base(base, output, record=record, overwrite=overwrite)
@@ -191,5 +195,7 @@ def _check_adapter_output(path: Path, overwrite: bool) -> None:
     if path.suffix != ".safetensors":
         raise OutputError(f"An adapter's file must end in .safetensors, got {path}")
     for each in (path, path.with_suffix(".json")):
+        if each.is_dir():
+            raise OutputError(f"{each} is a folder; expected a file to write: choose another name")
         if each.exists() and not overwrite:
             raise OutputError(f"{each} exists already: choose another name or overwrite it (--overwrite)")
