@@ -10,7 +10,7 @@ import pytest
 from tiny_bases import write_tiny_base
 
 from dbadapter.base import load_base
-from dbadapter.errors import UsageError
+from dbadapter.errors import ExportError, UsageError
 from dbadapter.export import export_onnx, load_onnx_pipeline, verify
 from dbadapter.export.parity import TOLERANCE
 
@@ -47,12 +47,13 @@ def test_a_machine_without_a_gpu_says_so(exported: tuple[Path, dict[str, Any]]) 
 
 
 @pytest.mark.slow
-def test_toybox_holds_the_floor_of_8_bits(tmp_path: Path) -> None:
-    """A tiny random base does not, and is refused; a trained one does."""
+def test_toybox_in_8_bits_merged_and_swappable(tmp_path: Path) -> None:
+    """Merged it holds the floor; swappable, with every adapter on, it does not, and is refused."""
     base = load_base("toybox", device="cpu")
-    report = export_onnx(base, {}, tmp_path / "onnx", swappable=True, dtype="int8")
-    unet = report["components"]["unet"]
+    unet = export_onnx(base, {}, tmp_path / "merged", dtype="int8")["components"]["unet"]
     assert unet["int8_weights"] > 50
     assert 1e-3 < unet["relative_error"] < TOLERANCE["int8"]
-    assert unet["adapter_inputs"]["live"] == unet["adapter_inputs"]["expected"]
     assert unet["bytes"] < 15e6
+    with pytest.raises(ExportError, match=r"the exported unet differs from torch: relative error 0\.01"):
+        export_onnx(base, {}, tmp_path / "swappable", swappable=True, dtype="int8")
+    assert not (tmp_path / "swappable").exists()
