@@ -23,13 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.toybox import JUDGES, tensor_of
 from dbadapter import lora
 from dbadapter.base import Base, load_base
 from dbadapter.presets import PRESETS
 from dbadapter.sampling import generate_pictures, grid
 from dbadapter.toybox import captions, names, world
-from dbadapter.toybox.judges import Judges, judges, to_tensor
+from dbadapter.toybox.judges import Judges, load_judges, tensor_of, to_tensor
 from dbadapter.toybox.render import render
 from dbadapter.toybox.subjects import SUBJECTS, TEST_CONTEXTS, Subject, photographs, views
 
@@ -253,7 +252,7 @@ def main(
     if quick:
         extra += ["--max-train-steps", "10"]
     base = load_base("toybox")
-    judge = judges(None if quick else JUDGES, quick=quick)
+    judge = load_judges()
     work = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-subject-"))
     measured: dict[str, Any] = {}
     for subject in SUBJECTS[: 1 if quick else subjects]:

@@ -19,10 +19,9 @@ from benchmarks import report
 from dbadapter.base import Base, load_base
 from dbadapter.sampling import generate_pictures, grid
 from dbadapter.toybox import captions, names, world
-from dbadapter.toybox.judges import Judges, judges, to_tensor
+from dbadapter.toybox.judges import Judges, load_judges, tensor_of, to_tensor
 from dbadapter.toybox.render import render
 
-JUDGES = Path(__file__).parent / ".cache" / "judges.pt"
 _HELD_OUT = 90_001
 
 
@@ -36,11 +35,6 @@ def vae_psnr(base: Base, count: int) -> float:
         )
     error = (back.clamp(-1, 1) - pictures).square().mean((1, 2, 3)) / 4
     return float((-10 * torch.log10(error)).mean())
-
-
-def tensor_of(images: list[Image.Image]) -> torch.Tensor:
-    """Return pictures as floats, shape (n, 3, height, width), in [-1, 1]."""
-    return to_tensor(np.stack([np.asarray(image.convert("RGB")) for image in images]))
 
 
 def agreement(
@@ -86,14 +80,12 @@ def agreement(
 @click.option(
     "--grid", "grid_path", type=click.Path(path_type=Path), help="A picture of every noun in every context."
 )
-@click.option(
-    "--quick", is_flag=True, help="Three contexts and hasty judges: checks the machinery, measures nothing."
-)
+@click.option("--quick", is_flag=True, help="Three contexts: checks the machinery, measures nothing.")
 def main(spec: str, json_path: Path | None, grid_path: Path | None, quick: bool) -> None:
     """Measure the embedded base and print JSON."""
     torch.manual_seed(0)
     base = load_base(spec)
-    judge = judges(None if quick else JUDGES, quick=quick)
+    judge = load_judges()
     contexts = tuple(context for context in names.CONTEXTS if context)[: 3 if quick else None]
     figures, images = agreement(base, judge, contexts, 10 if quick else 25)
     if grid_path is not None:

@@ -6,7 +6,8 @@ inside a package; its figures compare runs with each other, not with published o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,24 @@ import torch
 from torch import Tensor
 
 from dbadapter.errors import UsageError
+from dbadapter.metrics import prompt_similarity
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["DEFAULT_ENCODER", "Encoder", "efficientnet_lite2", "load_encoder", "load_text_image_encoder"]
+__all__ = [
+    "DEFAULT_ENCODER",
+    "TOYBOX_JUDGES",
+    "Encoder",
+    "PromptJudge",
+    "efficientnet_lite2",
+    "load_encoder",
+    "load_prompt_judge",
+    "load_text_image_encoder",
+]
 
 DEFAULT_ENCODER = "efficientnet-lite2"
+TOYBOX_JUDGES = "toybox-judges"
 BATCH = 16
 
 
@@ -33,11 +45,13 @@ class Encoder:
         name: for the report.
         embed_batch: (pictures) -> shape (n, d), float32, on the CPU.
         embed_text: (prompts) -> shape (n, d); None for a model of pictures alone.
+        accuracy: its own, where the truth is known: on toybox.
     """
 
     name: str
     embed_batch: Callable[[Sequence[Image]], Tensor]
     embed_text: Callable[[Sequence[str]], Tensor] | None = None
+    accuracy: Mapping[str, float] | None = None
 
     def embed(self, pictures: Sequence[Image]) -> Tensor:
         """Return the pictures' embeddings, shape (n, d), not normalised."""
@@ -48,17 +62,37 @@ class Encoder:
             return torch.cat([self.embed_batch(part).float().cpu() for part in parts]).clone()
 
 
+@dataclass(frozen=True)
+class PromptJudge:
+    """Says how well pictures follow their prompts.
+
+    Attributes:
+        name: for the report.
+        score: (pictures, prompts) -> figure -> shape (n,); "prompt_fidelity" is one of them. NaN where a
+            prompt gives nothing to judge.
+    """
+
+    name: str
+    score: Callable[[Sequence[Image], Sequence[str]], dict[str, Tensor]]
+
+
 def load_encoder(spec: str = DEFAULT_ENCODER, device: str = "cpu") -> Encoder:
     """Return an encoder of pictures.
 
     Args:
-        spec: "efficientnet-lite2", or a transformers folder or hub id of a DINO, DINOv2 or CLIP.
+        spec: "efficientnet-lite2", "toybox-judges" (toybox's pictures: which instance is it?), or a
+            transformers folder or hub id of a DINO, DINOv2 or CLIP.
         device: where it runs.
     Raises:
         UsageError: its package is not installed, or the model cannot be loaded; the message has the cure.
     """
     if spec == DEFAULT_ENCODER:
         return _of_efficientnet(device)
+    if spec == TOYBOX_JUDGES:
+        from dbadapter.toybox.judges import load_judges, tensor_of
+
+        judges = load_judges()
+        return Encoder(spec, lambda pictures: judges.embed(tensor_of(pictures)), accuracy=judges.accuracy)
     model, processor = _of_transformers(spec, device)
     if hasattr(model, "get_image_features"):
         return Encoder(_name(spec, model), lambda pictures: _clip_pictures(model, processor, pictures))
@@ -93,6 +127,54 @@ def load_text_image_encoder(spec: str, device: str = "cpu") -> Encoder:
     return Encoder(
         _name(spec, model), lambda pictures: _clip_pictures(model, processor, pictures), embed_text
     )
+
+
+def load_prompt_judge(spec: str, device: str = "cpu") -> PromptJudge:
+    """Return what says how well pictures follow their prompts.
+
+    A CLIP: the cosine of picture and prompt (CLIP-T). toybox's judges: 1 where a picture shows both the noun
+    and the place that its prompt names, else 0, and each for itself.
+
+    Args:
+        spec: "toybox-judges", or a transformers folder or hub id of a CLIP.
+        device: where it runs.
+    Raises:
+        UsageError: as `load_text_image_encoder`.
+    """
+    if spec == TOYBOX_JUDGES:
+        return PromptJudge(spec, _agreement)
+    encoder = load_text_image_encoder(spec, device)
+
+    def score(pictures: Sequence[Image], prompts: Sequence[str]) -> dict[str, Tensor]:
+        assert encoder.embed_text is not None
+        return {"prompt_fidelity": prompt_similarity(encoder.embed(pictures), encoder.embed_text(prompts))}
+
+    return PromptJudge(encoder.name, score)
+
+
+def _agreement(pictures: Sequence[Image], prompts: Sequence[str]) -> dict[str, Tensor]:
+    from dbadapter.toybox.judges import load_judges, named, tensor_of
+    from dbadapter.toybox.names import CONTEXTS, NOUNS
+
+    found = load_judges().classify(tensor_of(pictures))
+    nouns, contexts = zip(*(named(prompt) for prompt in prompts), strict=True)
+    right = {
+        name: torch.tensor(
+            [
+                math.nan if word is None else float(words[seen] == word)
+                for seen, word in zip(those, said, strict=True)
+            ]
+        )
+        for name, words, said, those in (
+            ("noun_agreement", NOUNS, nouns, found["noun"].tolist()),
+            ("context_agreement", CONTEXTS, contexts, found["context"].tolist()),
+        )
+    }
+    # What a prompt leaves open cannot be wrong.
+    both = torch.stack(list(right.values()))
+    fidelity = both.nan_to_num(1.0).prod(0)
+    fidelity[both.isnan().all(0)] = math.nan
+    return {"prompt_fidelity": fidelity, **right}
 
 
 def efficientnet_lite2() -> tuple[Any, Callable[[Sequence[Image]], Tensor]]:

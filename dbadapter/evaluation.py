@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,25 @@ from torch import Tensor
 from dbadapter import lora, metrics
 from dbadapter.adapter import Adapter
 from dbadapter.base import Base, load_base
-from dbadapter.encoders import Encoder
+from dbadapter.encoders import Encoder, PromptJudge
 from dbadapter.errors import DataError, UsageError
 from dbadapter.evaluation_prompts import Prompts
 from dbadapter.photographs import find_photographs, load_crop
 from dbadapter.sampling import Picture, generate_pictures
 
-__all__ = ["Candidate", "Settings", "evaluate", "load_candidate", "load_photographs", "trigger_of"]
+__all__ = [
+    "Candidate",
+    "Evaluator",
+    "Scores",
+    "Settings",
+    "evaluate",
+    "load_candidate",
+    "load_photographs",
+    "trigger_of",
+]
 
 Progress = Callable[[str, int, int], None]
+Drawn = dict[str, list[Image.Image]]
 NOT_MEASURED = "not measured"
 
 
@@ -110,6 +120,132 @@ def load_photographs(folder: str | Path, side: int) -> list[Image.Image]:
     return shown
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What one candidate reached.
+
+    Attributes:
+        figures: as `evaluate` gives them.
+        tables: figure -> shape (prompts, seeds), those that can be paired with another candidate's.
+        drawn: "subject", "class", "unrelated" -> pictures, prompts x seeds, the seed running fastest.
+    """
+
+    figures: dict[str, Any]
+    tables: dict[str, Tensor]
+    drawn: Drawn
+
+
+@dataclass
+class Evaluator:
+    """Scores pipelines of one base on one subject, all on the same prompts and seeds.
+
+    Args:
+        photographs: of the subject, at least two.
+        prompts: see `choose_prompts`.
+        class_noun: e.g. "dog".
+        encoder: of pictures; its name goes with the figures.
+        prompt_judge: for prompt fidelity; without one it is not measured.
+        settings: how much is drawn.
+    """
+
+    photographs: Sequence[Image.Image]
+    prompts: Prompts
+    class_noun: str
+    encoder: Encoder
+    prompt_judge: PromptJudge | None = None
+    settings: Settings = field(default_factory=Settings)
+
+    def __post_init__(self) -> None:
+        self.references = self.encoder.embed(self.photographs)
+        self._before: Tensor | None = None
+
+    def ceiling(self) -> float:
+        """Return what the photographs score among themselves."""
+        return metrics.subject_ceiling(self.references)
+
+    def score_base(self, pipeline: Any, progress: Callable[[int, int], None] | None = None) -> Scores:
+        """Score the base itself, asked for the class in place of the subject; `score` needs it first."""
+        drawn = self._draw(pipeline, self.class_noun, progress)
+        self._before = self.encoder.embed(drawn["unrelated"])
+        return self._scores(drawn, self._before)
+
+    def score(
+        self, pipeline: Any, subject: str, progress: Callable[[int, int], None] | None = None
+    ) -> Scores:
+        """Score a pipeline that was taught the subject.
+
+        Args:
+            subject: its words for it, e.g. "sks dog".
+        Raises:
+            RuntimeError: the base was not scored before.
+        """
+        if self._before is None:
+            raise RuntimeError("score_base comes first: drift is measured from the base's pictures")
+        return self._scores(self._draw(pipeline, subject, progress), self._before)
+
+    def _scores(self, drawn: Drawn, before: Tensor) -> Scores:
+        seeds = self.settings.num_images_per_prompt
+        subject, of_class = self.encoder.embed(drawn["subject"]), self.encoder.embed(drawn["class"])
+        tables = {
+            "subject_fidelity": metrics.similarity(subject, self.references).view(-1, seeds),
+            "drift": metrics.drift(self.encoder.embed(drawn["unrelated"]), before).view(-1, seeds),
+        }
+        if self.prompt_judge is not None:
+            said = [each.format(self.class_noun) for each in self.prompts.subject for _ in range(seeds)]
+            for name, values in self.prompt_judge.score(drawn["subject"], said).items():
+                table = values.view(-1, seeds)
+                table = table[~table.isnan().any(1)]
+                if len(table):
+                    tables[name] = table
+        figures: dict[str, Any] = {"prompt_fidelity": NOT_MEASURED}
+        figures |= {name: asdict(metrics.estimate(table)) for name, table in tables.items()}
+        of_photographs = metrics.similarity(of_class, self.references).view(1, -1)
+        figures["prior_preservation"] = asdict(metrics.estimate(of_photographs))
+        figures["diversity"] = asdict(metrics.pair_estimate(metrics.distances(of_class)))
+        which, cosines = metrics.nearest(subject, self.references)
+        figures["nearest_photograph"] = float(cosines.max())
+        figures["nearest"] = [
+            {"picture": number, "photograph": photograph, "cosine": cosine}
+            for number, (photograph, cosine) in enumerate(zip(which.tolist(), cosines.tolist(), strict=True))
+        ]
+        rows = len(self.prompts.subject)
+        figures["per_prompt"] = {
+            name: table.mean(1).tolist()
+            for name, table in tables.items()
+            if name in ("subject_fidelity", "prompt_fidelity") and len(table) == rows
+        }
+        return Scores(figures, tables, drawn)
+
+    def _draw(self, pipeline: Any, subject: str, progress: Callable[[int, int], None] | None) -> Drawn:
+        """Return pictures of the subject's prompts, of the class and of unrelated prompts, in their order."""
+        settings, prompts = self.settings, self.prompts
+        seeds = settings.num_images_per_prompt
+        parts = {
+            "subject": ([template.format(subject) for template in prompts.subject], seeds),
+            "class": ([prompts.class_prompt], settings.num_class_images),
+            "unrelated": (list(prompts.unrelated), seeds),
+        }
+        total = sum(len(texts) * each for texts, each in parts.values())
+        done = 0
+        found = {}
+        for name, (texts, each) in parts.items():
+            pictures: list[Picture] = generate_pictures(
+                pipeline,
+                texts,
+                num_images_per_prompt=each,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                # The same seeds for every prompt, so that the bootstrap over seeds means something.
+                seeds=[settings.seed + i for _ in texts for i in range(each)],
+                batch_size=settings.batch_size,
+            )
+            found[name] = [picture.image for picture in pictures]
+            done += len(pictures)
+            if progress is not None:
+                progress(done, total)
+        return found
+
+
 def evaluate(
     base: Base,
     candidates: Sequence[Candidate],
@@ -118,9 +254,10 @@ def evaluate(
     *,
     class_noun: str,
     encoder: Encoder,
-    text_image_encoder: Encoder | None = None,
+    prompt_judge: PromptJudge | None = None,
     settings: Settings | None = None,
     progress: Progress | None = None,
+    on_pictures: Callable[[str, Drawn], None] | None = None,
 ) -> dict[str, Any]:
     """Return the figures of the base and of every candidate, over the same prompts and seeds.
 
@@ -129,111 +266,50 @@ def evaluate(
 
     - subject_fidelity: mean cosine of pictures of the subject and its photographs. The ceiling is the
       photographs' own, the floor what the base draws for the class noun in the same prompts.
-    - prompt_fidelity: mean cosine of picture and prompt, the identifier left out of it.
+    - prompt_fidelity: mean score of picture and prompt, the identifier left out of it; on toybox the share
+      that shows what the prompt names, and noun_agreement and context_agreement apart.
     - prior_preservation: mean cosine of pictures of the class and the photographs; less is better.
     - diversity: mean 1 - cosine over pairs of pictures of the class; more is better.
     - drift: mean 1 - cosine to the base's picture for the same unrelated prompt and seed.
     - nearest_photograph: the largest cosine of a picture and a photograph; near 1, it was memorised.
 
+    Beside them "nearest" (each picture of the subject: its nearest photograph, their cosine) and "per_prompt"
+    (means over the seeds, in the prompts' order).
+
     Args:
         base: whose adapters these are; it is as it was afterwards.
         candidates: with names that differ.
-        photographs: of the subject, at least two.
-        prompts: see `choose_prompts`.
-        class_noun: e.g. "dog".
-        encoder: of pictures; its name goes with the figures.
-        text_image_encoder: for prompt fidelity; without one it is not measured.
-        settings: None means the defaults.
+        photographs, prompts, class_noun, encoder, prompt_judge, settings: as for `Evaluator`.
         progress: called with (stage, pictures done, of how many).
+        on_pictures: called with "base", then each candidate's name, and its pictures (`Scores.drawn`).
     """
-    settings = settings or Settings()
-    judge = _Judge(encoder, text_image_encoder, encoder.embed(photographs), prompts, class_noun)
-    drawn = _draw(base.pipeline, prompts, class_noun, settings, _stage(progress, "base"))
-    before = encoder.embed(drawn["unrelated"])
-    seeds = settings.num_images_per_prompt
-    found: dict[str, Any] = {"base": judge.score(drawn, before, seeds)[0]}
-    tables: dict[str, dict[str, Tensor]] = {}
+    evaluator = Evaluator(photographs, prompts, class_noun, encoder, prompt_judge, settings or Settings())
+    scores = evaluator.score_base(base.pipeline, _stage(progress, "base"))
+    if on_pictures is not None:
+        on_pictures("base", scores.drawn)
+    found, tables = {"base": scores.figures}, {}
     for candidate in candidates:
         with _pipeline_of(base, candidate) as pipeline:
-            drawn = _draw(pipeline, prompts, candidate.subject, settings, _stage(progress, candidate.name))
-        figures, tables[candidate.name] = judge.score(drawn, before, seeds)
-        found[candidate.name] = figures | {"bytes": candidate.bytes}
-    return {
+            scores = evaluator.score(pipeline, candidate.subject, _stage(progress, candidate.name))
+        found[candidate.name] = scores.figures | {"bytes": candidate.bytes}
+        tables[candidate.name] = scores.tables
+        if on_pictures is not None:
+            on_pictures(candidate.name, scores.drawn)
+    report: dict[str, Any] = {
         "class_noun": class_noun,
         "image_encoder": encoder.name,
-        "text_image_encoder": text_image_encoder.name if text_image_encoder else NOT_MEASURED,
-        "settings": asdict(settings)
-        | {"prompts": list(prompts.subject), "class_prompt": prompts.class_prompt},
-        "subject_ceiling": metrics.subject_ceiling(judge.photographs),
+        "text_image_encoder": prompt_judge.name if prompt_judge else NOT_MEASURED,
+        "settings": asdict(evaluator.settings)
+        | {
+            "prompts": list(prompts.subject),
+            "class_prompt": prompts.class_prompt,
+            "unrelated_prompts": list(prompts.unrelated),
+        },
+        "subject_ceiling": evaluator.ceiling(),
         "figures": found,
         "differences": _differences(tables),
     }
-
-
-@dataclass(frozen=True)
-class _Judge:
-    encoder: Encoder
-    text_image_encoder: Encoder | None
-    photographs: Tensor
-    prompts: Prompts
-    class_noun: str
-
-    def score(
-        self, drawn: Mapping[str, list[Image.Image]], before: Tensor, seeds: int
-    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the figures, and those tables of (prompts, seeds) that can be paired with another's."""
-        subject, of_class = self.encoder.embed(drawn["subject"]), self.encoder.embed(drawn["class"])
-        tables = {
-            "subject_fidelity": metrics.similarity(subject, self.photographs).view(-1, seeds),
-            "drift": metrics.drift(self.encoder.embed(drawn["unrelated"]), before).view(-1, seeds),
-        }
-        text = self.text_image_encoder
-        if text is not None and text.embed_text is not None:
-            said = [each.format(self.class_noun) for each in self.prompts.subject for _ in range(seeds)]
-            cosines = metrics.prompt_similarity(text.embed(drawn["subject"]), text.embed_text(said))
-            tables["prompt_fidelity"] = cosines.view(-1, seeds)
-        shown: dict[str, Any] = {"prompt_fidelity": NOT_MEASURED}
-        shown |= {name: asdict(metrics.estimate(table)) for name, table in tables.items()}
-        of_photographs = metrics.similarity(of_class, self.photographs).view(1, -1)
-        shown["prior_preservation"] = asdict(metrics.estimate(of_photographs))
-        shown["diversity"] = asdict(metrics.pair_estimate(metrics.distances(of_class)))
-        shown["nearest_photograph"] = float(metrics.nearest(subject, self.photographs)[1].max())
-        return shown, tables
-
-
-def _draw(
-    pipeline: Any,
-    prompts: Prompts,
-    subject: str,
-    settings: Settings,
-    progress: Callable[[int, int], None] | None,
-) -> dict[str, list[Image.Image]]:
-    """Return pictures of the subject's prompts, of the class and of unrelated prompts, in their order."""
-    seeds = settings.num_images_per_prompt
-    parts = {
-        "subject": ([template.format(subject) for template in prompts.subject], seeds),
-        "class": ([prompts.class_prompt], settings.num_class_images),
-        "unrelated": (list(prompts.unrelated), seeds),
-    }
-    total = sum(len(texts) * each for texts, each in parts.values())
-    done = 0
-    found = {}
-    for name, (texts, each) in parts.items():
-        pictures: list[Picture] = generate_pictures(
-            pipeline,
-            texts,
-            num_images_per_prompt=each,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            # The same seeds for every prompt, so that the bootstrap over seeds means something.
-            seeds=[settings.seed + i for _ in texts for i in range(each)],
-            batch_size=settings.batch_size,
-        )
-        found[name] = [picture.image for picture in pictures]
-        done += len(pictures)
-        if progress is not None:
-            progress(done, total)
-    return found
+    return report | ({"encoder_accuracy": dict(encoder.accuracy)} if encoder.accuracy else {})
 
 
 @contextmanager

@@ -68,6 +68,7 @@ def test_every_candidate_meets_the_same_prompts_and_seeds(base: Base, photograph
     candidates = [load_candidate(files / f"{name}.safetensors", "dog") for name in ("dog", "hat")]
     seen: list[tuple[str, int, int]] = []
     shown = load_photographs(photographs, 32)
+    drawn: dict[str, Any] = {}
     report = evaluate(
         base,
         candidates,
@@ -77,7 +78,16 @@ def test_every_candidate_meets_the_same_prompts_and_seeds(base: Base, photograph
         encoder=ENCODER,
         settings=FEW,
         progress=lambda *parts: seen.append(parts),
+        on_pictures=drawn.__setitem__,
     )
+    assert {name: {part: len(of) for part, of in parts.items()} for name, parts in drawn.items()} == {
+        key: {"subject": 4, "class": 3, "unrelated": 2} for key in ("base", "dog", "hat")
+    }
+    figures = report["figures"]["dog"]
+    means = figures["per_prompt"]["subject_fidelity"]
+    assert sum(means) / 2 == pytest.approx(figures["subject_fidelity"]["value"])
+    assert [entry["picture"] for entry in figures["nearest"]] == [0, 1, 2, 3]
+    assert max(entry["cosine"] for entry in figures["nearest"]) == figures["nearest_photograph"]
     assert list(report["figures"]) == ["base", "dog", "hat"]
     assert report["figures"]["base"]["drift"]["value"] == pytest.approx(0, abs=1e-6)
     assert report["figures"]["dog"]["drift"]["value"] > 1e-3
@@ -122,7 +132,7 @@ def test_a_copy_scores_the_ceiling_and_is_seen_as_one(
     def copies(*_: Any) -> dict[str, list[Image.Image]]:
         return {"subject": [shown[0]] * 4, "class": shown, "unrelated": [shown[0]] * 2}
 
-    monkeypatch.setattr(evaluation, "_draw", copies)
+    monkeypatch.setattr(evaluation.Evaluator, "_draw", copies)
     report = evaluate(base, [], shown, PROMPTS, class_noun="dog", encoder=ENCODER, settings=FEW)
     assert report["figures"]["base"]["nearest_photograph"] == pytest.approx(1)
     # One of the three is the photograph itself.

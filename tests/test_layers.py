@@ -172,7 +172,7 @@ def test_only_the_command_line_and_the_demo_know_toybox_is_there() -> None:
         for module in FILES
         if any(name.startswith("dbadapter.toybox") for name in imports_of(module))
     }
-    assert users <= {"cli", "demo", "base_folder", "toybox"}
+    assert users <= {"cli", "demo", "base_folder", "encoders", "toybox"}
 
 
 @pytest.mark.parametrize("module", [name for name in FILES if name.startswith("export.passes")])

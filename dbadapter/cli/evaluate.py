@@ -15,8 +15,6 @@ from dbadapter.errors import OutputError, UsageError
 
 __all__ = ["evaluate"]
 
-# As dbadapter.encoders says, which loads torch.
-_DEFAULT_ENCODER = "efficientnet-lite2"
 _KINDS = ("object", "live")
 _COLUMNS = {
     "subject_fidelity": "subject",
@@ -46,10 +44,12 @@ _COLUMNS = {
               "[default: DreamBooth's 25; on toybox its contexts]")  # fmt: skip
 @click.option("--kind", type=click.Choice(_KINDS), default="object", show_default=True,
               help="Which of DreamBooth's lists: live is for people and animals.")  # fmt: skip
-@click.option("--image-encoder", default=_DEFAULT_ENCODER, show_default=True, metavar="ENCODER",
-              help="Folder or hub id of a DINO, DINOv2 or CLIP; the paper's is DINO ViT-S/16.")  # fmt: skip
+@click.option("--image-encoder", metavar="ENCODER",
+              help="Folder or hub id of a DINO, DINOv2 or CLIP; the paper's is DINO ViT-S/16.  "
+              "[default: efficientnet-lite2; on toybox toybox-judges]")  # fmt: skip
 @click.option("--text-image-encoder", metavar="ENCODER",
-              help="Folder or hub id of a CLIP; without it prompt fidelity is not measured.")  # fmt: skip
+              help="Folder or hub id of a CLIP; without it prompt fidelity is not measured but on toybox, "
+              "whose judges know the truth.")  # fmt: skip
 @click.option("--num-images-per-prompt", type=click.IntRange(min=1), default=4, show_default=True,
               metavar="N", help="Seeds of every prompt.")  # fmt: skip
 @click.option("--num-class-images", type=click.IntRange(min=2), default=24, show_default=True,
@@ -107,13 +107,13 @@ def _report(
     instance_data_dir: Path,
     prompts_file: Path | None,
     kind: str,
-    image_encoder: str,
+    image_encoder: str | None,
     text_image_encoder: str | None,
     **settings: Any,
 ) -> dict[str, Any]:
     from dbadapter import evaluation
     from dbadapter.base import load_base
-    from dbadapter.encoders import load_encoder, load_text_image_encoder
+    from dbadapter.encoders import DEFAULT_ENCODER, TOYBOX_JUDGES, load_encoder, load_prompt_judge
 
     candidates = [evaluation.load_candidate(path, class_noun, identifier) for path in paths]
     names = [candidate.name for candidate in candidates]
@@ -121,9 +121,11 @@ def _report(
         raise UsageError(
             f"two candidates are called {twice!r}: rename one, the report tells them apart by name"
         )
-    encoder = load_encoder(image_encoder)
-    text = load_text_image_encoder(text_image_encoder) if text_image_encoder else None
     loaded = load_base(base)
+    on_toybox = loaded.family == "toybox"
+    encoder = load_encoder(image_encoder or (TOYBOX_JUDGES if on_toybox else DEFAULT_ENCODER))
+    judged_by = text_image_encoder or (TOYBOX_JUDGES if on_toybox else None)
+    judge = load_prompt_judge(judged_by) if judged_by else None
     photographs = evaluation.load_photographs(instance_data_dir, max(loaded.resolution, 64))
     prompts = _prompts(loaded.family, class_noun, kind, prompts_file)
     with progress_bars() as progress:
@@ -134,7 +136,7 @@ def _report(
             prompts,
             class_noun=class_noun,
             encoder=encoder,
-            text_image_encoder=text,
+            prompt_judge=judge,
             settings=evaluation.Settings(**settings),
             progress=progress,
         )
@@ -158,6 +160,9 @@ def _prompts(family: str, class_noun: str, kind: str, file: Path | None) -> Any:
 
 
 def _show(report: dict[str, Any]) -> None:
+    if accuracy := report.get("encoder_accuracy"):
+        said = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
+        click.echo(f"the judges' own accuracy on renders that they never saw: {said}")
     click.echo(
         f"encoder {report['image_encoder']}; photographs among themselves {report['subject_ceiling']:.3f}"
     )

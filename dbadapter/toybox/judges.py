@@ -1,23 +1,36 @@
 """Judges of toybox pictures: what is in them (classifiers) and which object it is (instance encoder).
 
-Trained on renders in a few minutes on two cores, seeded, from scenes of their own stream, so that
-neither the base's pretraining nor a benchmark's subjects leak into them.
+Trained on renders, seeded, from scenes of their own stream, so that neither the base's pretraining nor a
+benchmark's subjects leak into them. Their weights come with the package; `python -m dbadapter.toybox.judges`
+trains them again (six minutes on one core, needs numba).
 """
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from dbadapter.toybox import names, world
 
-__all__ = ["Judges", "judges", "to_tensor"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["Judges", "load_judges", "named", "tensor_of", "to_tensor", "train_judges"]
+
+SIDE = 64
+_WEIGHTS = Path(__file__).parent / "judges.safetensors"
 
 _SEED = 555_001
 _HEADS = {"noun": len(names.NOUNS), "context": len(names.CONTEXTS), "color": len(names.COLORS)}
@@ -34,15 +47,22 @@ class Judges:
     accuracy: dict[str, float]
 
     @torch.no_grad()
+    def nouns(self, pictures: Tensor) -> Tensor:
+        """Return the probability of each of `names.NOUNS`, shape (n, 12); pictures as in `classify`."""
+        return self._logits(pictures)[0].softmax(1)
+
+    @torch.no_grad()
     def classify(self, pictures: Tensor) -> dict[str, Tensor]:
         """Return predicted indices for "noun", "context" and "color", each shape (n,).
 
         Args:
             pictures: shape (n, 3, 64, 64), in [-1, 1].
         """
+        return {name: part.argmax(1) for name, part in zip(_HEADS, self._logits(pictures), strict=True)}
+
+    def _logits(self, pictures: Tensor) -> tuple[Tensor, ...]:
         logits = torch.cat([self.classifier(part) for part in pictures.split(256)])
-        parts = logits.split(list(_HEADS.values()), 1)
-        return {name: part.argmax(1) for name, part in zip(_HEADS, parts, strict=True)}
+        return logits.split(list(_HEADS.values()), 1)
 
     @torch.no_grad()
     def embed(self, pictures: Tensor) -> Tensor:
@@ -53,6 +73,26 @@ class Judges:
 def to_tensor(pictures: npt.NDArray[np.uint8]) -> Tensor:
     """Return uint8 pictures (n, height, width, 3) as floats (n, 3, height, width) in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def tensor_of(pictures: Sequence[Image]) -> Tensor:
+    """Return pictures of any size as floats, shape (n, 3, 64, 64), in [-1, 1]."""
+    from PIL.Image import Resampling
+
+    shown = [picture.convert("RGB") for picture in pictures]
+    small = [p if p.size == (SIDE, SIDE) else p.resize((SIDE, SIDE), Resampling.LANCZOS) for p in shown]
+    return to_tensor(np.stack([np.asarray(picture) for picture in small]))
+
+
+def named(prompt: str) -> tuple[str | None, str | None]:
+    """Return the noun and the context that a prompt names, None for what it does not name.
+
+    A prompt without any context's words leaves the place open: the plain studio goes unnamed.
+    """
+    words = prompt.lower().replace(",", " ").split()
+    noun = next((noun for noun in names.NOUNS if noun in words), None)
+    said = " ".join(words)
+    return noun, next((context for context in names.CONTEXTS if context and context in said), None)
 
 
 def _network(outputs: int) -> nn.Module:
@@ -163,25 +203,45 @@ def _train_encoder(instances: int, steps: int) -> tuple[nn.Module, float]:
     return model, float(np.mean(right))
 
 
-def judges(cache: Path | None = None, *, quick: bool = False) -> Judges:
-    """Return trained judges, from `cache` if it holds them (and kept there if not).
+def train_judges(*, quick: bool = False) -> Judges:
+    """Return judges trained on fresh renders.
 
     Args:
-        cache: a file of ours; None trains afresh.
         quick: a tenth of the training, for tests of the machinery.
     """
-    classifier, encoder = _network(sum(_HEADS.values())).eval(), _network(_INSTANCE_WIDTH).eval()
-    if cache is not None and cache.exists():
-        state = torch.load(cache, weights_only=True)
-        classifier.load_state_dict(state["classifier"])
-        encoder.load_state_dict(state["encoder"])
-        return Judges(classifier, encoder, state["accuracy"])
     size = 1 if quick else 10
     classifier, accuracy = _train_classifier(1000 * size, 90 * size)
     encoder, accuracy["instance"] = _train_encoder(384 * size, 45 * size)
-    if cache is not None:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        state = {"classifier": classifier.state_dict(), "encoder": encoder.state_dict(), "accuracy": accuracy}
-        torch.save(state, cache.with_suffix(".tmp"))
-        cache.with_suffix(".tmp").replace(cache)
     return Judges(classifier, encoder, accuracy)
+
+
+def load_judges() -> Judges:
+    """Return the judges whose weights come with the package.
+
+    `accuracy` is theirs on renders that they never saw: "noun", "context", "color" of 1,024 pictures, and
+    "instance", how often the encoder finds an instance's second view among 256 instances of its noun.
+    """
+    models = {"classifier": _network(sum(_HEADS.values())), "encoder": _network(_INSTANCE_WIDTH)}
+    with safe_open(_WEIGHTS, "pt") as file:
+        accuracy = json.loads(file.metadata()["accuracy"])
+        for name, model in models.items():
+            model.load_state_dict({key: file.get_tensor(f"{name}.{key}") for key in model.state_dict()})
+            model.eval().requires_grad_(False)
+    return Judges(models["classifier"], models["encoder"], accuracy)
+
+
+def save_judges(judges: Judges, path: Path) -> None:
+    """Write judges as float16 safetensors, their accuracy in the metadata."""
+    states = {"classifier": judges.classifier.state_dict(), "encoder": judges.encoder.state_dict()}
+    tensors = {
+        f"{name}.{key}": value.half() if value.is_floating_point() else value
+        for name, state in states.items()
+        for key, value in state.items()
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(save(tensors, {"accuracy": json.dumps(judges.accuracy)}))
+    temporary.replace(path)
+
+
+if __name__ == "__main__":
+    save_judges(train_judges(), _WEIGHTS)
