@@ -62,7 +62,8 @@ class Judges:
 
     def _logits(self, pictures: Tensor) -> tuple[Tensor, ...]:
         logits = torch.cat([self.classifier(part) for part in pictures.split(256)])
-        return logits.split(list(_HEADS.values()), 1)
+        parts: tuple[Tensor, ...] = logits.split(list(_HEADS.values()), 1)
+        return parts
 
     @torch.no_grad()
     def embed(self, pictures: Tensor) -> Tensor:

@@ -1,0 +1,206 @@
+"""The figures of `benchmarks.quality` from its runs: best rates, means over subjects and seeds, the plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch import Tensor
+
+from benchmarks.quality_plan import METHODS, SEARCHED
+from dbadapter import metrics
+
+__all__ = ["best_rates", "plot", "search", "summary"]
+
+Run = Mapping[str, Any]
+DEFAULT = "adapter"
+FIGURES = (
+    "subject_fidelity",
+    "likeness",
+    "prompt_fidelity",
+    "context_agreement",
+    "noun_agreement",
+    "prior_preservation",
+    "class_kept",
+    "diversity",
+    "class_spread",
+    "drift",
+    "score",
+    "nearest_photograph",
+    "cpu_seconds",
+    "peak_memory_mb",
+    "bytes",
+)
+
+
+def search(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Return searched method -> rate -> mean score over the search's subjects."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for run in runs:
+        if run["stage"] == "search":
+            found.setdefault(run["method"], {}).setdefault(f"{run['rate']:g}", []).append(run["score"])
+    return {
+        method: {rate: round(sum(scores) / len(scores), 4) for rate, scores in rates.items()}
+        for method, rates in found.items()
+    }
+
+
+def best_rates(runs: Sequence[Run]) -> dict[str, float]:
+    """Return searched method -> the rate with the best mean score.
+
+    Raises:
+        ClickException: a method was not searched yet.
+    """
+    found = search(runs)
+    if missing := [method for method in SEARCHED if method not in found]:
+        known = {run["method"] for run in runs}
+        if known and not all(run["quick"] for run in runs):
+            raise click.ClickException(f"no rate was searched for {', '.join(missing)}: run --stage search")
+    return {
+        method: float(max(found[method], key=lambda rate: found[method][rate]))
+        if method in found
+        else rates[0]
+        for method, rates in SEARCHED.items()
+    }
+
+
+def table(runs: Sequence[Run], method: str, figure: str) -> Tensor:
+    """Return a method's figure, shape (subjects, seeds): the seeds that every subject has."""
+    rows: dict[str, dict[int, float]] = {}
+    for run in runs:
+        if run["stage"] == "compare" and run["method"] == method:
+            rows.setdefault(run["subject"], {})[run["seed"]] = float(run[figure])
+    if not rows:
+        return torch.zeros(0, 0)
+    shared = sorted(set.intersection(*(set(row) for row in rows.values())))
+    return torch.tensor([[rows[subject][seed] for seed in shared] for subject in sorted(rows)])
+
+
+def summary(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return the search, means with intervals over subjects and seeds, and differences from the default."""
+    methods: dict[str, Any] = {}
+    for name, method in METHODS.items():
+        first = table(runs, name, "score")
+        if not first.numel():
+            continue
+        figures = {figure: _rounded(metrics.estimate(table(runs, name, figure))) for figure in FIGURES}
+        rates = {run["rate"] for run in runs if run["stage"] == "compare" and run["method"] == name}
+        methods[name] = {
+            "about": method.about,
+            "options": list(method.options),
+            "learning_rate": sorted(rates),
+            "subjects": first.shape[0],
+            "seeds": first.shape[1],
+            **figures,
+        }
+        if name != DEFAULT and (pairs := _pairs(runs, name)):
+            methods[name]["minus_default"] = pairs
+    compared = [run for run in runs if run["stage"] == "compare"]
+    before = {
+        name: _mean([run["before"][name] for run in compared])
+        for name in (compared[0]["before"] if compared else ())
+    }
+    return {
+        "runs": len(runs),
+        "before": before | {"ceiling": _mean([run["ceiling"] for run in compared])},
+        "search": search(runs),
+        "methods": methods,
+        "targets": _targets(methods),
+    }
+
+
+def _pairs(runs: Sequence[Run], name: str) -> dict[str, Any]:
+    """Return the differences from the default over the subjects and seeds that both have."""
+
+    def of(method: str) -> set[tuple[str, int]]:
+        return {
+            (run["subject"], run["seed"])
+            for run in runs
+            if run["stage"] == "compare" and run["method"] == method
+        }
+
+    both = of(name) & of(DEFAULT)
+    shared = [run for run in runs if (run["subject"], run["seed"]) in both]
+    if not both:
+        return {}
+    found = {}
+    for figure in FIGURES:
+        one, other = table(shared, name, figure), table(shared, DEFAULT, figure)
+        if one.shape == other.shape and one.numel():
+            found[figure] = _rounded(metrics.difference(one, other))
+    return found
+
+
+def _targets(methods: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was to be reached, and whether it was."""
+    if not {"adapter", "full", "adapter-no-prior"} <= methods.keys():
+        return {}
+    ours, full, bare = (methods[name] for name in ("adapter", "full", "adapter-no-prior"))
+    difference = full["minus_default"]["subject_fidelity"]
+    kept = {
+        part: (1 - ours[part]["value"], 1 - bare[part]["value"]) for part in ("class_kept", "class_spread")
+    }
+    return {
+        "fidelity_at_least_full_minus_interval": {
+            "full_minus_adapter": difference,
+            "met": difference["low"] <= 0,
+        },
+        "forgetting_at_most_half_of_no_prior": {
+            part: {
+                "with": round(ours_lost, 4),
+                "without": round(bare_lost, 4),
+                "met": ours_lost <= bare_lost / 2,
+            }
+            for part, (ours_lost, bare_lost) in kept.items()
+        },
+        "file_50_times_smaller": {
+            "ratio": round(full["bytes"]["value"] / ours["bytes"]["value"], 1),
+            "met": full["bytes"]["value"] >= 50 * ours["bytes"]["value"],
+        },
+        "memory_below_full": {
+            "ratio": round(ours["peak_memory_mb"]["value"] / full["peak_memory_mb"]["value"], 3),
+            "met": ours["peak_memory_mb"]["value"] < full["peak_memory_mb"]["value"],
+        },
+    }
+
+
+def _rounded(figure: metrics.Figure) -> dict[str, float]:
+    return {key: round(value, 4) for key, value in asdict(figure).items()}
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return round(sum(values) / len(values), 4) if values else None
+
+
+def plot(runs: Sequence[Run], path: Path) -> None:
+    """Draw likeness against what was forgotten, with intervals: up and left is better."""
+    from matplotlib.figure import Figure
+
+    found = summary(runs)["methods"]
+    figure = Figure(figsize=(9, 6.5), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for name, row in found.items():
+        x, y = row["class_spread"], row["likeness"]
+        lost = 1 - x["value"]
+        color = "#c2410c" if METHODS[name].full else "#0f6cbd"
+        axes.errorbar(
+            lost,
+            y["value"],
+            xerr=[[x["high"] - x["value"]], [x["value"] - x["low"]]],
+            yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]],
+            fmt="s" if METHODS[name].full else "o",
+            color=color,
+            elinewidth=0.7,
+            alpha=0.85,
+        )
+        axes.annotate(name, (lost, y["value"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set_xlabel("forgotten: share of the class's diversity that was lost (less is better)")
+    axes.set_ylabel("likeness: way from the base to the photographs' own similarity (more is better)")
+    axes.set_title("toybox: adapters (blue) and full fine-tuning (orange), means and 95 % intervals")
+    axes.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

@@ -1,0 +1,120 @@
+"""What `benchmarks.quality` runs: methods, subjects, seeds, the search for each method's rate, the order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from dbadapter.toybox.subjects import Subject
+
+__all__ = ["METHODS", "SEARCHED", "SEARCH_SUBJECTS", "SEEDS", "SUBJECTS", "Method", "Work", "works"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to teach a subject.
+
+    Attributes:
+        options: of `dbadapter train`, beside the defaults.
+        rate_of: the searched method whose best rate it takes.
+        about: for the table.
+    """
+
+    about: str
+    rate_of: str
+    options: tuple[str, ...] = ()
+    main: bool = False
+    full: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "full", "--full" in self.options)
+
+
+def _rank(rank: int, rate_of: str) -> Method:
+    return Method(f"adapter, rank {rank}", rate_of, ("--rank", str(rank)))
+
+
+#: One factor at a time around the defaults; the `main` ones get all their seeds first.
+METHODS: Mapping[str, Method] = {
+    "adapter": Method("adapter: the defaults (rank 8)", "adapter", main=True),
+    "full": Method("full fine-tuning, UNet and text encoder", "full", ("--full",), main=True),
+    "adapter-no-prior": Method("adapter without a prior", "adapter", ("--prior", "none"), main=True),
+    "full-no-prior": Method("full, without a prior", "full", ("--full", "--prior", "none"), main=True),
+    "rank-1": _rank(1, "rank-1"),
+    "rank-4": _rank(4, "adapter"),
+    "full-unet": Method("full, UNet alone", "full-unet", ("--full", "--no-train-text-encoder")),
+    "no-text-encoder": Method("adapter, UNet alone", "no-text-encoder", ("--no-train-text-encoder",)),
+    "adapter-generated": Method("adapter, generated prior", "adapter", ("--prior", "generated")),
+    "adapter-distill-instance": Method(
+        "adapter, distilled on the photographs' latents", "adapter", ("--prior-source", "instance")
+    ),
+    "rank-16": _rank(16, "adapter"),
+    "rank-2": _rank(2, "rank-1"),
+    "attention": Method("adapter, attention only", "adapter", ("--targets", "attention")),
+    "all-targets": Method(
+        "adapter, every layer", "adapter", ("--targets", "attention,feed-forward,proj,conv")
+    ),
+    "full-generated": Method("full, generated prior", "full", ("--full", "--prior", "generated")),
+    "full-distill-instance": Method(
+        "full, distilled on the photographs' latents", "full", ("--full", "--prior-source", "instance")
+    ),
+}
+#: Held out of everything before: no default was chosen on them. Numbers are the first of the hundred.
+SUBJECTS = tuple(
+    Subject(noun, 100 + i)
+    for i, noun in enumerate(("mug", "teapot", "house", "robot", "rocket", "boat", "bottle", "dog"))
+)
+SEEDS = (0, 1, 2)
+#: Rates are searched on other subjects, of other nouns.
+SEARCH_SUBJECTS = (Subject("car", 200), Subject("fish", 201))
+SEARCHED: Mapping[str, tuple[float, ...]] = {
+    "adapter": (1e-3, 2e-3, 4e-3),
+    "full": (1e-4, 2e-4, 4e-4),
+    "rank-1": (2e-3, 4e-3, 8e-3),
+    "full-unet": (1e-4, 2e-4, 4e-4),
+    "no-text-encoder": (1e-3, 2e-3, 4e-3),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """One training run and its scores.
+
+    Attributes:
+        stage: "search" or "compare".
+        rate: of the UNet and of the text encoder.
+    """
+
+    stage: str
+    method: str
+    subject: Subject
+    seed: int
+    rate: float
+
+    @property
+    def key(self) -> str:
+        """What tells it apart in the file of runs."""
+        return f"{self.stage}/{self.method}/{self.subject.name}/seed-{self.seed}/rate-{self.rate:g}"
+
+
+def works(stage: str, rates: Mapping[str, float]) -> Iterator[Work]:
+    """Yield the runs of a stage in the order of their worth.
+
+    Args:
+        stage: "search", or "compare": all methods with the first seed, then the main ones' other seeds, then
+            the rest.
+        rates: searched method -> its best rate; for "compare".
+    """
+    if stage == "search":
+        for name, tried in SEARCHED.items():
+            for rate in tried:
+                yield from (Work(stage, name, subject, 0, rate) for subject in SEARCH_SUBJECTS)
+        return
+    first, others = SEEDS[0], SEEDS[1:]
+    main = [name for name, method in METHODS.items() if method.main]
+    rest = [name for name in METHODS if name not in main]
+    for names, seeds in ((main, (first,)), (rest, (first,)), (main, others), (rest, others)):
+        for seed in seeds:
+            for name in names:
+                rate = rates[METHODS[name].rate_of]
+                yield from (Work(stage, name, subject, seed, rate) for subject in SUBJECTS)
