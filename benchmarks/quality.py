@@ -173,6 +173,7 @@ def append(path: Path, run: dict[str, Any]) -> None:
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Keeps a sheet of each run.  [temporary]")
 @click.option("--stage", type=click.Choice(("search", "compare", "summary")),
               help="Only this one.  [default: the search, then the comparison]")  # fmt: skip
+@click.option("--methods", help=f"Only these, with commas between, of {', '.join(METHODS)}.")
 @click.option("--part", default="1/1", show_default=True, help="Which share of the runs, for two processes.")
 @click.option("--seconds", type=float, help="Start no run after so long.")
 @click.option("--quick", is_flag=True, help="One subject, two methods, few steps: measures nothing.")
@@ -182,6 +183,7 @@ def main(
     runs_path: Path,
     work_dir: Path | None,
     stage: str | None,
+    methods: str | None,
     part: str,
     seconds: float | None,
     quick: bool,
@@ -192,12 +194,15 @@ def main(
         raise click.UsageError(f"--part must be like 1/2, got {part!r}")
     if quick and runs_path == RUNS:
         raise click.UsageError("--quick would mix its lines with the real ones: pass --runs as well")
+    wanted = methods.split(",") if methods else list(METHODS)
+    if unknown := [method for method in wanted if method not in METHODS]:
+        raise click.UsageError(f"unknown methods {', '.join(unknown)}; known: {', '.join(METHODS)}")
     start = time.perf_counter()
     made: Bench | None = None
     for name in ("search", "compare") if stage is None else (stage,):
         if name == "summary":
             break
-        work_list = list(works(name, best_rates(read_runs(runs_path)) if name == "compare" else {}))
+        work_list = list(works(name, best_rates(read_runs(runs_path)), wanted))
         if quick:
             work_list = [w for w in work_list if w.method in ("adapter", "full") and w.seed == 0]
             subject = SUBJECTS[0] if name == "compare" else work_list[0].subject

@@ -7,11 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor
 
-from benchmarks.quality_plan import METHODS, SEARCHED
+from benchmarks.quality_plan import METHODS
 from dbadapter import metrics
 
 __all__ = ["best_rates", "plot", "search", "summary"]
@@ -50,22 +49,8 @@ def search(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
 
 
 def best_rates(runs: Sequence[Run]) -> dict[str, float]:
-    """Return searched method -> the rate with the best mean score.
-
-    Raises:
-        ClickException: a method was not searched yet.
-    """
-    found = search(runs)
-    if missing := [method for method in SEARCHED if method not in found]:
-        known = {run["method"] for run in runs}
-        if known and not all(run["quick"] for run in runs):
-            raise click.ClickException(f"no rate was searched for {', '.join(missing)}: run --stage search")
-    return {
-        method: float(max(found[method], key=lambda rate: found[method][rate]))
-        if method in found
-        else rates[0]
-        for method, rates in SEARCHED.items()
-    }
+    """Return searched method -> the rate with the best mean score, for those that were searched."""
+    return {method: float(max(rates, key=lambda rate: rates[rate])) for method, rates in search(runs).items()}
 
 
 def table(runs: Sequence[Run], method: str, figure: str) -> Tensor:

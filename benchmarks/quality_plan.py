@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+
+import click
 
 from dbadapter.toybox.subjects import Subject
 
@@ -97,16 +99,21 @@ class Work:
         return f"{self.stage}/{self.method}/{self.subject.name}/seed-{self.seed}/rate-{self.rate:g}"
 
 
-def works(stage: str, rates: Mapping[str, float]) -> Iterator[Work]:
+def works(stage: str, rates: Mapping[str, float], methods: Collection[str] = METHODS) -> Iterator[Work]:
     """Yield the runs of a stage in the order of their worth.
 
     Args:
         stage: "search", or "compare": all methods with the first seed, then the main ones' other seeds, then
             the rest.
         rates: searched method -> its best rate; for "compare".
+        methods: only these.
+    Raises:
+        ClickException: a method's rate was not searched yet.
     """
     if stage == "search":
         for name, tried in SEARCHED.items():
+            if name not in methods:
+                continue
             for rate in tried:
                 yield from (Work(stage, name, subject, 0, rate) for subject in SEARCH_SUBJECTS)
         return
@@ -115,6 +122,10 @@ def works(stage: str, rates: Mapping[str, float]) -> Iterator[Work]:
     rest = [name for name in METHODS if name not in main]
     for names, seeds in ((main, (first,)), (rest, (first,)), (main, others), (rest, others)):
         for seed in seeds:
-            for name in names:
-                rate = rates[METHODS[name].rate_of]
+            for name in (name for name in names if name in methods):
+                rate = rates.get(METHODS[name].rate_of)
+                if rate is None:
+                    raise click.ClickException(
+                        f"no rate was searched for {METHODS[name].rate_of}: run --stage search first"
+                    )
                 yield from (Work(stage, name, subject, seed, rate) for subject in SUBJECTS)

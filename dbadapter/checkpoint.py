@@ -77,7 +77,7 @@ _TORCH_RANDOM = "random.torch"
 
 
 class Best(NamedTuple):
-    """The step with the lowest validation loss so far."""
+    """The step with the lowest validation loss so far; with select "best", with the lowest 1 - score."""
 
     step: int
     loss: float
@@ -125,6 +125,8 @@ def run_identity(
     if config.class_data_dir is not None:
         pictures = [picture.path for picture in find_photographs(config.class_data_dir)]
         fields["class_data_dir"] = f"{len(pictures)} files {_digest(pictures)}"
+    if config.select != "last":  # absent in checkpoints of before, and where nothing is chosen
+        fields |= {name: getattr(config, name) for name in ("select", "image_encoder", "text_image_encoder")}
     return fields | {
         "prediction_type": base.prediction_type,
         "base_fingerprint": base.fingerprint,

@@ -20,6 +20,7 @@ from dbadapter.config_checks import (
     PREDICTION_TYPES,
     PRIOR_SOURCES,
     PRIORS,
+    SELECTIONS,
     TARGETS,
     converted,
     faults,
@@ -36,6 +37,7 @@ __all__ = [
     "PRESETS",
     "PRIORS",
     "PRIOR_SOURCES",
+    "SELECTIONS",
     "TARGETS",
     "Preset",
     "TrainConfig",
@@ -45,6 +47,8 @@ __all__ = [
 ]
 
 T = typing.TypeVar("T")
+
+SCORES = 10  # checkpoints of a run that chooses among them
 
 # How to run, not what to train: kept out of config.toml, so that repeating a run from its own file
 # never overwrites or resumes anything by surprise.
@@ -119,6 +123,8 @@ class TrainConfig:
         overwrite: replace what is in `output_dir`.
         validation_prompt: prompts of the sample grid, with the same placeholders as `instance_prompt`.
         validation_steps: optimizer steps between two sample grids; 0 draws one at the end only.
+        select: which checkpoint becomes the file: the "last" step, or the "best" by a score of pictures.
+        image_encoder, text_image_encoder: for select "best", as in `evaluate`; None is what is at hand.
         logger: "tensorboard" or "wandb" besides metrics.jsonl, or "none".
         random_flip: mirror half of the photographs; wrong for subjects with a left and a right.
     """
@@ -165,6 +171,9 @@ class TrainConfig:
     overwrite: bool = False
     validation_prompt: tuple[str, ...] = ()
     validation_steps: int | None = None
+    select: str = "last"
+    image_encoder: str | None = None
+    text_image_encoder: str | None = None
     logger: str = "none"
     random_flip: bool = False
 
@@ -227,6 +236,8 @@ class TrainConfig:
             "validation_prompt": tuple(fill(prompt) for prompt in self.validation_prompt),
             "validation_steps": _or(self.validation_steps, 0),
         }
+        if self.select == "best" and self.checkpointing_steps is None:
+            values["checkpointing_steps"] = max(1, int(values["max_train_steps"]) // SCORES)
         if self.full:
             values |= dict.fromkeys(("rank", "alpha", "targets", "text_encoder_rank"))
         resolved = dataclasses.replace(self, **values)

@@ -20,6 +20,7 @@ __all__ = [
     "PREDICTION_TYPES",
     "PRIORS",
     "PRIOR_SOURCES",
+    "SELECTIONS",
     "TARGETS",
     "converted",
     "faults",
@@ -32,6 +33,7 @@ PRECISIONS = ("auto", "no", "bf16", "fp16")
 LR_SCHEDULERS = ("constant", "linear", "cosine")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
+SELECTIONS = ("last", "best")
 LOGGERS = ("none", "tensorboard", "wandb")
 
 MOST_NAME = 100  # characters; file systems take 255 bytes, and endings and temporary names come on top
@@ -59,6 +61,7 @@ _CHOICES: Mapping[str, tuple[str, ...]] = {
     "prediction_type": PREDICTION_TYPES,
     "optimizer": OPTIMIZERS,
     "logger": LOGGERS,
+    "select": SELECTIONS,
 }
 
 
@@ -92,6 +95,8 @@ def faults(config: TrainConfig) -> Iterator[str]:
         for name in ("rank", "alpha", "targets", "text_encoder_rank"):
             if getattr(config, name) is not None:
                 yield f"{name} is an adapter's, and full trains the models whole: leave one of both out"
+    if config.select == "best" and config.checkpointing_steps == 0:
+        yield "select best chooses among checkpoints: give checkpointing_steps more than 0, or leave it out"
     if config.resume and config.overwrite:
         yield "resume and overwrite exclude each other: give one of them"
 

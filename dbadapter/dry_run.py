@@ -90,7 +90,7 @@ def _models(found: Plan) -> Iterator[str]:
         train_text_encoder=bool(config.train_text_encoder),
         gradient_checkpointing=config.gradient_checkpointing,
         lean=not config.full and not config.compile,
-        previews=bool(config.validation_steps),
+        previews=bool(config.validation_steps) or config.select == "best",
         optimizer=config.optimizer,
     )
     yield (

@@ -26,6 +26,8 @@ __all__ = [
     "TOYBOX_JUDGES",
     "Encoder",
     "PromptJudge",
+    "default_encoder",
+    "default_prompt_judge",
     "efficientnet_lite2",
     "load_encoder",
     "load_prompt_judge",
@@ -74,6 +76,16 @@ class PromptJudge:
 
     name: str
     score: Callable[[Sequence[Image], Sequence[str]], dict[str, Tensor]]
+
+
+def default_encoder(family: str) -> str:
+    """Return the encoder of pictures that is at hand for a base's family."""
+    return TOYBOX_JUDGES if family == "toybox" else DEFAULT_ENCODER
+
+
+def default_prompt_judge(family: str) -> str | None:
+    """Return what judges prompts at hand for a base's family; None: nothing without a CLIP."""
+    return TOYBOX_JUDGES if family == "toybox" else None
 
 
 def load_encoder(spec: str = DEFAULT_ENCODER, device: str = "cpu") -> Encoder:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -48,6 +49,7 @@ class Settings:
         num_inference_steps, guidance_scale: as in `generate_pictures`.
         seed: of the first picture; all candidates share their seeds.
         batch_size: pictures denoised together.
+        resolution: pixels a side; None is the base's own.
     """
 
     num_images_per_prompt: int = 4
@@ -56,6 +58,7 @@ class Settings:
     guidance_scale: float | None = None
     seed: int = 1000
     batch_size: int = 8
+    resolution: int | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ class Evaluator:
     def score_base(self, pipeline: Any, progress: Callable[[int, int], None] | None = None) -> Scores:
         """Score the base itself, asked for the class in place of the subject; `score` needs it first."""
         drawn = self._draw(pipeline, self.class_noun, progress)
-        self._before = self.encoder.embed(drawn["unrelated"])
+        self._before = self.encoder.embed(drawn["unrelated"]) if drawn["unrelated"] else torch.zeros(0, 1)
         return self._scores(drawn, self._before)
 
     def score(
@@ -190,8 +193,9 @@ class Evaluator:
         subject, of_class = self.encoder.embed(drawn["subject"]), self.encoder.embed(drawn["class"])
         tables = {
             "subject_fidelity": metrics.similarity(subject, self.references).view(-1, seeds),
-            "drift": metrics.drift(self.encoder.embed(drawn["unrelated"]), before).view(-1, seeds),
         }
+        if len(before):
+            tables["drift"] = metrics.drift(self.encoder.embed(drawn["unrelated"]), before).view(-1, seeds)
         if self.prompt_judge is not None:
             said = [each.format(self.class_noun) for each in self.prompts.subject for _ in range(seeds)]
             for name, values in self.prompt_judge.score(drawn["subject"], said).items():
@@ -199,7 +203,7 @@ class Evaluator:
                 table = table[~table.isnan().any(1)]
                 if len(table):
                     tables[name] = table
-        figures: dict[str, Any] = {"prompt_fidelity": NOT_MEASURED}
+        figures: dict[str, Any] = {"prompt_fidelity": NOT_MEASURED, "drift": NOT_MEASURED}
         figures |= {name: asdict(metrics.estimate(table)) for name, table in tables.items()}
         of_photographs = metrics.similarity(of_class, self.references).view(1, -1)
         figures["prior_preservation"] = asdict(metrics.estimate(of_photographs))
@@ -229,11 +233,16 @@ class Evaluator:
         }
         total = sum(len(texts) * each for texts, each in parts.values())
         done = 0
-        found = {}
+        found: Drawn = {}
         for name, (texts, each) in parts.items():
+            found[name] = []
+            if not texts:
+                continue
             pictures: list[Picture] = generate_pictures(
                 pipeline,
                 texts,
+                height=settings.resolution,
+                width=settings.resolution,
                 num_images_per_prompt=each,
                 num_inference_steps=settings.num_inference_steps,
                 guidance_scale=settings.guidance_scale,

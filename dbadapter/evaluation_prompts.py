@@ -98,6 +98,34 @@ def choose_prompts(
     return Prompts(tuple(subject), f"a photo of {article} {class_noun}", tuple(unrelated))
 
 
+def default_prompts(family: str, class_noun: str, kind: str = "object") -> Prompts:
+    """Return DreamBooth's prompts; for toybox its contexts, and other things that it can draw.
+
+    Args:
+        family: the base's.
+        class_noun: e.g. "dog".
+        kind: "object" or "live", which of the paper's lists.
+    """
+    if family != "toybox":
+        return choose_prompts(class_noun, LIVE if kind == "live" else OBJECT)
+    from dbadapter.toybox.names import CONTEXTS, NOUNS
+
+    others = [noun for noun in NOUNS if noun != class_noun][: len(UNRELATED)]
+    return choose_prompts(
+        class_noun,
+        tuple(f"a photo of {{}} {context}".strip() for context in CONTEXTS),
+        tuple(f"a photo of a {noun} {at}".strip() for noun, at in zip(others, CONTEXTS, strict=False)),
+    )
+
+
+def selection_prompts(family: str, class_noun: str) -> Prompts:
+    """Return the few prompts that checkpoints are chosen by: places, for things and animals alike."""
+    if family == "toybox":
+        named = default_prompts(family, class_noun).subject[:-1]  # the last is the plain studio
+        return choose_prompts(class_noun, named, ())
+    return choose_prompts(class_noun, tuple(each for each in OBJECT if each in LIVE)[:8], ())
+
+
 def read_prompts(file: Path) -> tuple[str, ...]:
     """Return the templates of a text file: one a line, with `{}` or `{subject}` for the subject.
 

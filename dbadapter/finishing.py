@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,8 @@ from dbadapter.model_card import Made, describe, draw_samples, last_losses, mode
 from dbadapter.model_folder import write_model_folder
 from dbadapter.preparation import Run
 from dbadapter.run_folder import RunFolder, write_text
-from dbadapter.sampling import Picture, save_pictures
+from dbadapter.sampling import Picture, save_pictures, write_png
+from dbadapter.selection import curve
 from dbadapter.speed import DTYPES, peak_memory_mb
 
 __all__ = ["TrainResult", "Trained", "finished_result", "result_of", "write_results"]
@@ -44,6 +45,8 @@ class TrainResult:
         sample_paths: the sample pictures, then their grid.
         instance_loss, prior_loss: means over the last tenth of the steps; None without a prior.
         best_path: the adapter of the step with the lowest validation loss, where that is not the last one.
+        chosen_step: the step that became the file, with select "best".
+        last_path: the last step's adapter, where select "best" chose another.
         finished_before: the run was complete already; nothing was changed.
     """
 
@@ -57,6 +60,8 @@ class TrainResult:
     instance_loss: float
     prior_loss: float | None
     best_path: Path | None = None
+    chosen_step: int | None = None
+    last_path: Path | None = None
     finished_before: bool = False
 
 
@@ -67,11 +72,12 @@ class Trained:
     Args:
         made: what the adapter was made of.
         device: that it was trained on.
-        adapter: None with `full`.
+        adapter: that becomes the file; None with `full`.
         skeleton: names and shapes of the models that carry the adapter; None with `full`.
         weights: component -> state dict of the models, with `full`.
-        best: the adapter at the step with the lowest validation loss, where that is not the last one.
-        best_step: that step; None without validation.
+        other: the adapter of another step that is kept beside it: the one with the lowest validation loss,
+            or with select "best" the last one; None where it is the same.
+        other_step: that step.
     """
 
     made: Made
@@ -79,30 +85,36 @@ class Trained:
     adapter: Adapter | None
     skeleton: Skeleton | None
     weights: Mapping[str, Mapping[str, Tensor]] | None
-    best: Adapter | None
-    best_step: int | None
+    other: Adapter | None = None
+    other_step: int | None = None
 
     @classmethod
     def of(cls, made: Made, run: Run, family: str, best: Best | None, folder: RunFolder) -> Trained:
         """Read the trained state out of a run, and its best one from the checkpoint."""
-        base, config = run.base, run.config
-        best_step = best.step if best is not None else None
+        base, config, choosing = run.base, run.config, run.config.select == "best"
+        path = folder.checkpoint_of(best.step) if best is not None and best.step != made.steps else None
+        earlier = best.step if best is not None and path is not None and path.exists() else None
+        if choosing:
+            made = replace(made, chosen_step=earlier or made.steps)
         if config.full:
+            if choosing and earlier is not None:
+                _go_back(run, folder, earlier)
             models = {"unet": base.unet} | (base.text_encoders if config.train_text_encoder else {})
             weights = {name: model.state_dict() for name, model in models.items()}
-            return cls(made, base.device, None, None, weights, None, best_step)
+            return cls(made, base.device, None, None, weights)
         texts = base.text_encoders if config.train_text_encoder else {}
 
         def adapter() -> Adapter:
             first, second = texts.get("text_encoder"), texts.get("text_encoder_2")
             return collect(base.unet, first, family, text_encoder_2=second)
 
-        last, of_best = adapter(), None
-        path = folder.checkpoint_of(best_step) if best_step is not None else None
-        if path is not None and best_step != made.steps and path.exists():
-            checkpoint.restore(checkpoint.read(path), run.parameters, run.optimizer, run.scaler)
-            of_best = adapter()
-        return cls(made, base.device, last, Skeleton(base.unet, texts), None, of_best, best_step)
+        last, skeleton = adapter(), Skeleton(base.unet, texts)
+        if earlier is None:
+            return cls(made, base.device, last, skeleton, None)
+        _go_back(run, folder, earlier)
+        if choosing:
+            return cls(made, base.device, adapter(), skeleton, None, last, made.steps)
+        return cls(made, base.device, last, skeleton, None, adapter(), earlier)
 
 
 def write_results(trained: Trained, folder: RunFolder, report: Progress) -> None:
@@ -128,13 +140,17 @@ def write_results(trained: Trained, folder: RunFolder, report: Progress) -> None
         if trained.skeleton is not None:
             # Now, before minutes of sampling: the file that is written then differs by its preview alone.
             check_file(folder.adapter, trained.skeleton)
-    folder.best_adapter.unlink(missing_ok=True)
-    if trained.best is not None:
-        write_adapter(
-            folder.best_adapter, trained.best, description=description, sidecars=False, overwrite=True
-        )
+    for path in (folder.best_adapter, folder.last_adapter):
+        path.unlink(missing_ok=True)
+    if trained.other is not None:
+        beside = folder.best_adapter if made.chosen_step is None else folder.last_adapter
+        other = replace(description, max_train_steps=trained.other_step)
+        write_adapter(beside, trained.other, description=other, sidecars=False, overwrite=True)
         if trained.skeleton is not None:
-            check_file(folder.best_adapter, trained.skeleton)
+            check_file(beside, trained.skeleton)
+    folder.curve.unlink(missing_ok=True)
+    if (drawn := curve(folder.read_metrics(), made.chosen_step)) is not None:
+        write_png(drawn, folder.curve)
     folder.settle()
     folder.drop_other_kind(full=config.full)
     pictures = _samples(trained, folder, report)
@@ -159,6 +175,7 @@ def result_of(trained: Trained, folder: RunFolder, seconds: float) -> TrainResul
         seconds,
         peak_memory_mb(trained.device),
         trained.made.last_losses,
+        chosen_step=trained.made.chosen_step,
     )
 
 
@@ -177,6 +194,7 @@ def _result(
     memory: float,
     losses: Mapping[str, float | None],
     *,
+    chosen_step: int | None = None,
     finished_before: bool = False,
 ) -> TrainResult:
     numbered = sorted(path for path in folder.samples.glob("*.png") if path.stem.isdigit())
@@ -192,8 +210,16 @@ def _result(
         instance_loss=losses["instance_loss"] or 0.0,
         prior_loss=losses["prior_loss"],
         best_path=folder.best_adapter if folder.best_adapter.exists() else None,
+        chosen_step=chosen_step,
+        last_path=folder.last_adapter if folder.last_adapter.exists() else None,
         finished_before=finished_before,
     )
+
+
+def _go_back(run: Run, folder: RunFolder, step: int) -> None:
+    """Put a checkpoint's state into the run."""
+    snapshot = checkpoint.read(folder.checkpoint_of(step))
+    checkpoint.restore(snapshot, run.parameters, run.optimizer, run.scaler)
 
 
 def _write_model(trained: Trained, folder: RunFolder) -> None:

@@ -56,6 +56,7 @@ class Made:
         precision: what it was trained in: no, bf16 or fp16.
         photographs: how many it was trained on.
         steps: optimizer steps.
+        chosen_step: the step that became the file, with select "best".
         last_losses: means over the last tenth of the steps: "instance_loss", "prior_loss" (None without).
     """
 
@@ -68,6 +69,7 @@ class Made:
     last_losses: Mapping[str, float | None]
     started_at: datetime
     finished_at: datetime
+    chosen_step: int | None = None
 
 
 def sample_prompts(config: TrainConfig, tokenizer: Any) -> list[str]:
@@ -112,7 +114,7 @@ def describe(made: Made) -> AdapterDescription:
         prediction_type=made.prediction_type,
         resolution=config.resolution,
         num_train_images=made.photographs,
-        max_train_steps=made.steps,
+        max_train_steps=made.chosen_step or made.steps,
         seed=config.seed,
         started_at=made.started_at,
         finished_at=made.finished_at,
@@ -147,10 +149,12 @@ def model_card(made: Made) -> str:
         "base": base_name,
         "photographs": made.photographs,
         "steps": made.steps,
+        "chosen step": made.chosen_step,
         "precision": made.precision,
         **{name: getattr(config, name) for name in _KEPT},
         **{name.replace("_", " "): _rounded(value) for name, value in made.last_losses.items()},
     }
+    plot = "\n![scores of the checkpoints](selection.png)\n" if made.chosen_step else ""
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items() if value is not None)
     if config.full:
         return f"""{header}
@@ -174,7 +178,7 @@ each step are in `metrics.jsonl`.
 | | |
 |---|---|
 {table}
-"""
+{plot}"""
     return f"""{header}
 # {config.name}
 
@@ -201,7 +205,7 @@ the losses of each step are in `metrics.jsonl`.
 | | |
 |---|---|
 {table}
-"""
+{plot}"""
 
 
 def _yaml(fields: Mapping[str, str | list[str]]) -> str:

@@ -27,6 +27,7 @@ from dbadapter.preparation import picture_sizes
 from dbadapter.prior import check_sizes
 from dbadapter.prompts import resolve
 from dbadapter.run_folder import RunFolder
+from dbadapter.selection import check_selection
 
 __all__ = ["Plan", "plan"]
 
@@ -101,6 +102,8 @@ def plan(config: TrainConfig, device: torch.device | None = None, processes: int
         _check_compiler(base.device)
     if resolved.class_data_dir is not None:
         check_manifest(resolved.class_data_dir, base, resolved)
+    if resolved.select == "best":
+        check_selection(resolved, base.family)
     sizes = picture_sizes(resolved, base, photographs)
     check_sizes(resolved, sizes)
     identity = checkpoint.run_identity(resolved, base, photographs, processes)
@@ -125,7 +128,7 @@ def _resumed(
     if snapshot is not None:
         checkpoint.check_same_run(snapshot.identity, identity)
     steps = max(done.steps if done else 0, snapshot.step if snapshot else 0)
-    if done is not None and done.steps == total == steps:
+    if done is not None and (done.asked or done.steps) == total and done.steps == steps:
         return snapshot, True
     if done is not None and snapshot is None:
         raise OutputError(

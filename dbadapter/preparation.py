@@ -128,7 +128,7 @@ def prepare(
     elif not config.full and pays(base.unet):
         for model in (base.unet, *base.text_encoders.values()):
             keep_less(model)
-    if not config.validation_steps:
+    if not config.validation_steps and config.select != "best":
         _let_go(base, text_encoders=not config.train_text_encoder)
     hand_back_freed_memory(device)
     a_process = int(config.train_batch_size or 1) * int(config.gradient_accumulation_steps or 1)

@@ -16,10 +16,17 @@ __all__ = ["Finished", "RunFolder", "write_text"]
 
 
 class Finished(NamedTuple):
-    """A complete run: its steps, and what a run must share to be the same, see `checkpoint.run_identity`."""
+    """A complete run.
+
+    Args:
+        steps: that were taken.
+        identity: what a run must share to be the same, see `checkpoint.run_identity`.
+        asked: steps that were asked for, where the run ended before them of itself.
+    """
 
     steps: int
     identity: Mapping[str, Any]
+    asked: int | None = None
 
 
 _CUT_SHORT = 2**63  # the step of a metrics line that is none
@@ -47,6 +54,16 @@ class RunFolder:
     def best_adapter(self) -> Path:
         """The adapter at the step with the lowest validation loss, where that is not the last step."""
         return self.path / f"{self.name}-best.safetensors"
+
+    @property
+    def last_adapter(self) -> Path:
+        """The adapter at the last step, where another step's was chosen (select "best")."""
+        return self.path / f"{self.name}-last.safetensors"
+
+    @property
+    def curve(self) -> Path:
+        """The plot of the checkpoints' scores (select "best")."""
+        return self.path / "selection.png"
 
     @property
     def model(self) -> Path:
@@ -92,7 +109,8 @@ class RunFolder:
             return None
         try:
             note = json.loads(self._note.read_text(encoding="utf-8"))
-            return Finished(int(note["steps"]), dict(note["identity"]))
+            asked = note.get("asked")
+            return Finished(int(note["steps"]), dict(note["identity"]), None if asked is None else int(asked))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -154,7 +172,12 @@ class RunFolder:
     def drop_other_kind(self, *, full: bool) -> None:
         """Remove what an earlier run of the other kind, adapter or whole model, has left here."""
         if full:
-            files = (self.adapter, self.best_adapter, *map(self.adapter.with_suffix, (".json", ".png")))
+            files = (
+                self.adapter,
+                self.best_adapter,
+                self.last_adapter,
+                *map(self.adapter.with_suffix, (".json", ".png")),
+            )
             for path in files:
                 path.unlink(missing_ok=True)
         elif (self.model / "model_index.json").exists():
@@ -272,7 +295,7 @@ class RunFolder:
 
     def _outputs(self) -> list[Path]:
         sidecars = [self.adapter.with_suffix(end) for end in (".json", ".png")]
-        sidecars.append(self.best_adapter)
+        sidecars += [self.best_adapter, self.last_adapter, self.curve]
         rest = [
             self.model,
             self.config,

@@ -29,6 +29,7 @@ from dbadapter.prior import teacher_prediction
 from dbadapter.processes import Processes, local_device, processes
 from dbadapter.run_folder import Finished, RunFolder
 from dbadapter.sampling import save_pictures
+from dbadapter.selection import Selection, scored_from
 from dbadapter.speed import hand_back_freed_memory, keep_freed_memory, peak_memory_mb, use_tensor_cores
 
 __all__ = ["Run", "TrainResult", "batch_losses", "prepare", "train", "train_step", "validation_loss"]
@@ -149,7 +150,7 @@ def train(
         hand_back_freed_memory(trained.device)
         if ours.is_main:
             write_results(trained, folder, report)
-            folder.finish(Finished(trained.made.steps, identity))
+            folder.finish(Finished(trained.made.steps, identity, trained.made.config.max_train_steps))
         ours.wait()
         return result_of(trained, folder, time.perf_counter() - start)
 
@@ -176,10 +177,12 @@ def _learn(
         run = prepare(
             config, base, found.photographs, class_folder=folder.class_images, processes=ours, progress=report
         )
+        # Before anything is restored: the adapters do nothing yet, so this is the base.
+        selection = Selection.start(run, folder.read_metrics(), report) if config.select == "best" else None
         if snapshot is not None:
             checkpoint.restore(snapshot, run.parameters, run.optimizer, run.scaler)
             run.step = snapshot.step
-        best = _loop(run, found, logger, report, on_log)
+        best = _loop(run, found, logger, selection, report, on_log)
     except BaseException:
         if ours.is_main:
             folder.give_up()
@@ -202,7 +205,12 @@ def _learn(
 
 
 def _loop(
-    run: Run, found: Plan, logger: Logger, report: Progress, on_log: Callable[[Figures], None]
+    run: Run,
+    found: Plan,
+    logger: Logger,
+    selection: Selection | None,
+    report: Progress,
+    on_log: Callable[[Figures], None],
 ) -> Best | None:
     """Take the steps; whatever ends them early, the last good state is written as a checkpoint."""
     config, folder, total = run.config, found.folder, int(run.config.max_train_steps or 0)
@@ -214,7 +222,7 @@ def _loop(
 
     report("train", run.step, total)
     try:
-        while run.step < total:
+        while run.step < total and not (selection and selection.exhausted()):
             began = time.perf_counter()
             values = train_step(run, run.step)
             pending.append((values, time.perf_counter() - began))
@@ -225,7 +233,12 @@ def _loop(
                 pending = []
                 if saving:
                     lines[-1]["validation_loss"] = value = run.processes.mean(validation_loss(run))
-                    best = Best(run.step, value) if best is None or value < best.loss else best
+                    if selection is not None:
+                        scores = _scored(run, selection)
+                        lines[-1].update(scores)
+                        value = 1 - scores.get("score", -math.inf)
+                    if math.isfinite(value) and (best is None or value < best.loss):
+                        best = Best(run.step, value)
                 # A copy of a whole model's state every few steps would cost more than the steps.
                 if run.processes.is_main and (saving or not config.full):
                     state = (run.parameters, run.optimizer, run.scaler, found.identity, best)
@@ -246,6 +259,15 @@ def _loop(
             raise type(error)(f"add --resume to go on from step {saved}") from None
         raise
     return best
+
+
+def _scored(run: Run, selection: Selection) -> dict[str, float]:
+    """Return the model's score and its parts at this step, the mean over processes; nothing early on."""
+    if run.step < scored_from(run.config):
+        return {}
+    scores = {name: run.processes.mean(value) for name, value in selection.score(run).items()}
+    selection.note(run.step, scores)
+    return scores
 
 
 def _saved_step(run: Run, folder: RunFolder, good: Snapshot | None) -> int | None:

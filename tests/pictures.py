@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
+from dbadapter.encoders import Encoder
 from dbadapter.photographs import Crop, Photograph, find_photographs, load_crop
 
 RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255), (0, 0, 0)
@@ -52,3 +54,12 @@ def quadrants(size: Size = (60, 40)) -> Image.Image:
 def gradient(size: Size) -> Image.Image:
     y, x = np.mgrid[0 : size[1], 0 : size[0]] / max(size)
     return Image.fromarray((np.stack([x, y, 1 - x], axis=-1) * 255).astype(np.uint8))
+
+
+def pixels(pictures: Any) -> torch.Tensor:
+    """Return pictures as embeddings that hide nothing, shape (n, 192)."""
+    small = [np.asarray(picture.convert("RGB").resize((8, 8)), dtype=np.float32) for picture in pictures]
+    return torch.from_numpy(np.stack(small)).flatten(1) - 128
+
+
+PIXELS = Encoder("pixels", pixels)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from pictures import PIXELS, pixels
 from PIL import Image
 
 from dbadapter import evaluation
@@ -17,11 +18,9 @@ from dbadapter.adapter import Adapter
 from dbadapter.adapter_file import AdapterDescription, write_adapter
 from dbadapter.base import Base, load_base
 from dbadapter.cli import main
-from dbadapter.cli.evaluate import _prompts
-from dbadapter.encoders import Encoder
 from dbadapter.errors import DataError, UsageError
 from dbadapter.evaluation import Settings, evaluate, load_candidate, load_photographs
-from dbadapter.evaluation_prompts import LIVE, OBJECT, Prompts, choose_prompts, read_prompts
+from dbadapter.evaluation_prompts import LIVE, OBJECT, Prompts, choose_prompts, default_prompts, read_prompts
 from dbadapter.export.parity import synthetic_adapter
 from dbadapter.model_folder import write_model_folder
 
@@ -54,15 +53,6 @@ def files(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def pixels(pictures: Any) -> torch.Tensor:
-    """An encoder that hides nothing."""
-    small = [np.asarray(picture.convert("RGB").resize((8, 8)), dtype=np.float32) for picture in pictures]
-    return torch.from_numpy(np.stack(small)).flatten(1) - 128
-
-
-ENCODER = Encoder("pixels", pixels)
-
-
 def test_every_candidate_meets_the_same_prompts_and_seeds(base: Base, photographs: Path, files: Path) -> None:
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}
     candidates = [load_candidate(files / f"{name}.safetensors", "dog") for name in ("dog", "hat")]
@@ -75,7 +65,7 @@ def test_every_candidate_meets_the_same_prompts_and_seeds(base: Base, photograph
         shown,
         PROMPTS,
         class_noun="dog",
-        encoder=ENCODER,
+        encoder=PIXELS,
         settings=FEW,
         progress=lambda *parts: seen.append(parts),
         on_pictures=drawn.__setitem__,
@@ -107,7 +97,7 @@ def test_figures_are_those_of_what_the_adapter_draws(base: Base, photographs: Pa
 
     candidate = load_candidate(files / "dog.safetensors", "dog")
     shown = load_photographs(photographs, 32)
-    report = evaluate(base, [candidate], shown, PROMPTS, class_noun="dog", encoder=ENCODER, settings=FEW)
+    report = evaluate(base, [candidate], shown, PROMPTS, class_noun="dog", encoder=PIXELS, settings=FEW)
     lora.apply(base.pipeline, {files / "dog.safetensors": 1.0})
     drawn = generate_pictures(
         base.pipeline,
@@ -133,7 +123,7 @@ def test_a_copy_scores_the_ceiling_and_is_seen_as_one(
         return {"subject": [shown[0]] * 4, "class": shown, "unrelated": [shown[0]] * 2}
 
     monkeypatch.setattr(evaluation.Evaluator, "_draw", copies)
-    report = evaluate(base, [], shown, PROMPTS, class_noun="dog", encoder=ENCODER, settings=FEW)
+    report = evaluate(base, [], shown, PROMPTS, class_noun="dog", encoder=PIXELS, settings=FEW)
     assert report["figures"]["base"]["nearest_photograph"] == pytest.approx(1)
     # One of the three is the photograph itself.
     others = report["figures"]["base"]["subject_fidelity"]["value"] * 3 - 1
@@ -151,7 +141,7 @@ def test_a_tuned_model_needs_its_word(base: Base, photographs: Path, tmp_path: P
         load_photographs(photographs, 32),
         PROMPTS,
         class_noun="dog",
-        encoder=ENCODER,
+        encoder=PIXELS,
         settings=FEW,
     )
     assert report["figures"]["tuned"]["drift"]["value"] == pytest.approx(0, abs=1e-5)
@@ -165,10 +155,10 @@ def test_the_paper_has_25_prompts_of_each_kind() -> None:
 
 
 def test_toybox_is_asked_for_what_it_can_draw() -> None:
-    prompts = _prompts("toybox", "mug", "object", None)
+    prompts = default_prompts("toybox", "mug")
     assert "a photo of {} on the beach" in prompts.subject
     assert not any("mug" in text for text in prompts.unrelated)
-    assert _prompts("sd1", "mug", "live", None).subject == LIVE
+    assert default_prompts("sd1", "mug", "live").subject == LIVE
 
 
 def test_a_file_of_prompts(tmp_path: Path) -> None:

@@ -21,9 +21,6 @@ LAYERS = (
     "cli",
     "demo",
     "dry_run",
-    "evaluation",
-    "evaluation_prompts",
-    "encoders",
     "training",
     "finishing",
     "export",
@@ -32,9 +29,13 @@ LAYERS = (
     "merging",
     "model_card",
     "plan",
+    "selection",
     "memory",
     "advice",
     "preparation",
+    "evaluation",
+    "evaluation_prompts",
+    "encoders",
     "batches",
     "prior",
     "class_images",
@@ -45,6 +46,7 @@ LAYERS = (
     "run_folder",
     "lock",
     "grid",
+    "curve",
     "checkpoint",
     "optimizers",
     "loggers",
@@ -172,7 +174,7 @@ def test_only_the_command_line_and_the_demo_know_toybox_is_there() -> None:
         for module in FILES
         if any(name.startswith("dbadapter.toybox") for name in imports_of(module))
     }
-    assert users <= {"cli", "demo", "base_folder", "encoders", "toybox"}
+    assert users <= {"cli", "demo", "base_folder", "encoders", "evaluation_prompts", "toybox"}
 
 
 @pytest.mark.parametrize("module", [name for name in FILES if name.startswith("export.passes")])

@@ -113,7 +113,8 @@ def _report(
 ) -> dict[str, Any]:
     from dbadapter import evaluation
     from dbadapter.base import load_base
-    from dbadapter.encoders import DEFAULT_ENCODER, TOYBOX_JUDGES, load_encoder, load_prompt_judge
+    from dbadapter.encoders import default_encoder, default_prompt_judge, load_encoder, load_prompt_judge
+    from dbadapter.evaluation_prompts import choose_prompts, default_prompts, read_prompts
 
     candidates = [evaluation.load_candidate(path, class_noun, identifier) for path in paths]
     names = [candidate.name for candidate in candidates]
@@ -122,12 +123,13 @@ def _report(
             f"two candidates are called {twice!r}: rename one, the report tells them apart by name"
         )
     loaded = load_base(base)
-    on_toybox = loaded.family == "toybox"
-    encoder = load_encoder(image_encoder or (TOYBOX_JUDGES if on_toybox else DEFAULT_ENCODER))
-    judged_by = text_image_encoder or (TOYBOX_JUDGES if on_toybox else None)
+    encoder = load_encoder(image_encoder or default_encoder(loaded.family))
+    judged_by = text_image_encoder or default_prompt_judge(loaded.family)
     judge = load_prompt_judge(judged_by) if judged_by else None
     photographs = evaluation.load_photographs(instance_data_dir, max(loaded.resolution, 64))
-    prompts = _prompts(loaded.family, class_noun, kind, prompts_file)
+    prompts = default_prompts(loaded.family, class_noun, kind)
+    if prompts_file:
+        prompts = choose_prompts(class_noun, read_prompts(prompts_file), prompts.unrelated)
     with progress_bars() as progress:
         report = evaluation.evaluate(
             loaded,
@@ -141,22 +143,6 @@ def _report(
             progress=progress,
         )
     return {"base": loaded.name, "photographs": len(photographs), **report}
-
-
-def _prompts(family: str, class_noun: str, kind: str, file: Path | None) -> Any:
-    """Return DreamBooth's prompts, or on toybox the contexts and things that it can draw."""
-    from dbadapter.evaluation_prompts import LIVE, OBJECT, UNRELATED, choose_prompts, read_prompts
-
-    subject, unrelated = (LIVE if kind == "live" else OBJECT), UNRELATED
-    if family == "toybox":
-        from dbadapter.toybox.names import CONTEXTS, NOUNS
-
-        subject = tuple(f"a photo of {{}} {context}".strip() for context in CONTEXTS)
-        others = [noun for noun in NOUNS if noun != class_noun][: len(UNRELATED)]
-        unrelated = tuple(
-            f"a photo of a {noun} {context}".strip() for noun, context in zip(others, CONTEXTS, strict=False)
-        )
-    return choose_prompts(class_noun, read_prompts(file) if file else subject, unrelated)
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from dbadapter.config import (
     PREDICTION_TYPES,
     PRIOR_SOURCES,
     PRIORS,
+    SELECTIONS,
     TARGETS,
     TrainConfig,
 )
@@ -192,6 +193,16 @@ train_options = join_options(
                  help="A prompt of the sample grid; may hold {identifier} and be given several times."),
     click.option("--validation-steps", type=int, metavar="N",
                  help="Steps between two sample grids.  [default: one at the end]"),
+    click.option("--select", type=click.Choice(SELECTIONS),
+                 help="Which checkpoint becomes the file: the last, or the best by what it draws (likeness, "
+                 "obedience, the class kept), and the run ends when none gets better.  "
+                 f"[default: {TrainConfig.select}]"),
+    click.option("--image-encoder", metavar="ENCODER",
+                 help="Folder or hub id of a DINO, DINOv2 or CLIP for --select best.  [default: "
+                 "efficientnet-lite2; on toybox toybox-judges]"),
+    click.option("--text-image-encoder", metavar="ENCODER",
+                 help="Folder or hub id of a CLIP for --select best; without it obedience counts on "
+                 "toybox only."),
     click.option("--logger", type=click.Choice(LOGGERS),
                  help="Show figures and samples there too; needs its package.  "
                  f"[default: {TrainConfig.logger}]"),

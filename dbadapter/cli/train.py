@@ -86,6 +86,10 @@ def _say(result: TrainResult) -> None:
     else:
         click.echo(f"Adapter: {result.adapter_path}")
         call = f"{base} --adapter {path}".strip()
+    if result.chosen_step is not None:
+        click.echo(f"Best score: step {result.chosen_step} of {result.steps}")
+    if result.last_path is not None:
+        click.echo(f"The last step's adapter: {result.last_path}")
     if result.best_path is not None:
         click.echo(f"Lowest validation loss before the end: {result.best_path}")
     click.echo(

@@ -1,0 +1,163 @@
+"""`--select best`: checkpoints scored while training, the best one kept, an end when none gets better.
+
+A checkpoint's score is `evaluation.overall` of a few pictures, always of the same prompts and seeds: is the
+subject there, does it obey the prompt, and is the class what it was?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from dbadapter.config import TrainConfig
+from dbadapter.curve import draw_curve
+from dbadapter.encoders import (
+    Encoder,
+    PromptJudge,
+    default_encoder,
+    default_prompt_judge,
+    load_encoder,
+    load_prompt_judge,
+)
+from dbadapter.errors import DataError
+from dbadapter.evaluation import Evaluator, Scores, Settings, load_photographs, overall
+from dbadapter.evaluation_prompts import selection_prompts
+from dbadapter.photographs import find_photographs
+from dbadapter.preparation import Run
+
+__all__ = ["FIRST", "PARTS", "PATIENCE", "Selection", "check_selection", "curve", "exhausted", "scored_from"]
+
+PARTS = ("score", "likeness", "obedience", "class_kept", "class_spread")
+PATIENCE = 3  # scores without a better one, then the run ends
+FIRST = 0.3  # of the run's steps: nothing is worth choosing before
+_SEED = 7000  # far from those of `evaluate` and of the samples
+_CLASS_IMAGES = 8
+_INFERENCE_STEPS = 15
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class Selection:
+    """The scores of one run's checkpoints.
+
+    Args:
+        evaluator: on the run's photographs.
+        subject: the words for it, e.g. "sks dog".
+        base: the base's scores, by the run's own model before its first step.
+        history: (step, score and parts), those before a resume included.
+    """
+
+    evaluator: Evaluator
+    subject: str
+    base: Scores
+    history: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+    @classmethod
+    def start(
+        cls, run: Run, metrics: Sequence[Mapping[str, Any]], progress: Progress | None = None
+    ) -> Selection:
+        """Score the base, by a run whose adapters still do nothing.
+
+        Args:
+            run: prepared, nothing restored yet, VAE and text encoders kept.
+            metrics: the lines of an earlier part of the run.
+        Raises:
+            UsageError: an encoder is not installed or cannot be loaded.
+            DataError: fewer than two photographs.
+        """
+        config, family = run.config, run.base.family
+        encoder, judge = _judges(config, family, run.base.device.type)
+        evaluator = Evaluator(
+            load_photographs(config.instance_data_dir, max(run.base.resolution, 64)),
+            selection_prompts(family, config.class_noun),
+            config.class_noun,
+            encoder,
+            judge,
+            Settings(
+                num_images_per_prompt=1,
+                num_class_images=_CLASS_IMAGES,
+                num_inference_steps=_INFERENCE_STEPS,
+                resolution=config.resolution,
+                seed=_SEED,
+            ),
+        )
+        with run.autocast():
+            base = evaluator.score_base(run.base.pipeline, _stage(progress))
+        earlier = [
+            (int(line["step"]), {part: float(line[part]) for part in PARTS if part in line})
+            for line in metrics
+            if "score" in line
+        ]
+        return cls(evaluator, f"{config.identifier} {config.class_noun}", base, earlier)
+
+    def score(self, run: Run) -> dict[str, float]:
+        """Score the model in training as it is at this step; return the score and its parts."""
+        with run.autocast():
+            scores = self.evaluator.score(run.base.pipeline, self.subject)
+        return overall(scores.figures, self.base.figures, self.evaluator.ceiling())
+
+    def note(self, step: int, parts: Mapping[str, float]) -> None:
+        """Remember a step's score; of several processes all remember their mean."""
+        self.history.append((step, dict(parts)))
+
+    def exhausted(self) -> bool:
+        """Return whether the last `PATIENCE` scores all fell short of an earlier one."""
+        return exhausted([parts["score"] for _, parts in self.history])
+
+
+def check_selection(config: TrainConfig, family: str) -> None:
+    """Pass if checkpoints can be scored.
+
+    Raises:
+        UsageError: an encoder is not installed or cannot be loaded.
+        DataError: there are fewer than two photographs.
+    """
+    count = len(find_photographs(config.instance_data_dir))
+    if count < 2:
+        raise DataError(
+            f"{config.instance_data_dir} holds {count} photograph, and --select best needs two to know "
+            "what a likeness is worth: add one, or leave it out"
+        )
+    _judges(config, family, "cpu")
+
+
+def _judges(config: TrainConfig, family: str, device: str) -> tuple[Encoder, PromptJudge | None]:
+    encoder = load_encoder(config.image_encoder or default_encoder(family), device)
+    of_prompts = config.text_image_encoder or default_prompt_judge(family)
+    return encoder, load_prompt_judge(of_prompts, device) if of_prompts else None
+
+
+def exhausted(scores: Sequence[float]) -> bool:
+    """Return whether the last `PATIENCE` of some scores all fell short of an earlier one."""
+    earlier, last = scores[:-PATIENCE], scores[-PATIENCE:]
+    return bool(earlier) and max(last) <= max(earlier)
+
+
+def scored_from(config: TrainConfig) -> int:
+    """Return the first step that is scored."""
+    return int(FIRST * int(config.max_train_steps or 0))
+
+
+def curve(metrics: Sequence[Mapping[str, Any]], chosen: int | None) -> Image.Image | None:
+    """Return the picture of a run's scores, None where there are none.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+        chosen: the step that became the file.
+    """
+    scored = [line for line in metrics if "score" in line]
+    if not scored:
+        return None
+    lines = {
+        part.replace("_", " "): [(int(line["step"]), float(line[part])) for line in scored if part in line]
+        for part in PARTS
+    }
+    return draw_curve({name: points for name, points in lines.items() if points}, chosen)
+
+
+def _stage(progress: Progress | None) -> Callable[[int, int], None] | None:
+    return None if progress is None else lambda done, total: progress("scoring the base", done, total)

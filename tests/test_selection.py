@@ -1,0 +1,223 @@
+"""`--select best`: which checkpoint becomes the file, when a run ends of itself, and its resuming."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from pictures import PIXELS
+from PIL import Image
+from tiny_runs import draw_quickly, tiny_config, write_photographs
+
+from dbadapter import selection
+from dbadapter.adapter_file import read_adapter
+from dbadapter.cli import main
+from dbadapter.config import TrainConfig
+from dbadapter.curve import SIZE, draw_curve
+from dbadapter.errors import ConfigError, DataError, UsageError
+from dbadapter.evaluation import overall
+from dbadapter.evaluation_prompts import LIVE, OBJECT, selection_prompts
+from dbadapter.selection import Selection, exhausted
+from dbadapter.training import Run, train
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_base_folder: Path) -> TrainConfig:
+    photographs = write_photographs(tmp_path / "photographs")
+    made = tiny_config(photographs, tmp_path / "out", tiny_base_folder)
+    return replace(made, max_train_steps=10, lr_scheduler="constant", select="best", checkpointing_steps=1)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_quickly(monkeypatch)
+    monkeypatch.setattr(selection, "_judges", lambda *_: (PIXELS, None))
+    monkeypatch.setattr(selection, "_CLASS_IMAGES", 2)
+    monkeypatch.setattr(selection, "_INFERENCE_STEPS", 1)
+
+
+def scripted(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
+    """Let the scores come as told, whatever is drawn."""
+    told: Iterator[float] = iter(scores)
+    monkeypatch.setattr(Selection, "score", lambda *_: {"score": next(told), "likeness": 0.5})
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = read_adapter(one).modules, read_adapter(other).modules
+    return a.keys() == b.keys() and all(
+        torch.equal(a[name].lora_A, b[name].lora_A) and torch.equal(a[name].lora_B, b[name].lora_B)
+        for name in a
+    )
+
+
+def lines(config: TrainConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_is_exhausted_after_three_scores_that_fall_short() -> None:
+    assert not exhausted([])
+    assert not exhausted([0.5, 0.4, 0.3])
+    assert exhausted([0.5, 0.4, 0.3, 0.5])
+    assert not exhausted([0.5, 0.4, 0.3, 0.51])
+    assert not exhausted([0.1, 0.5, 0.4, 0.4])
+
+
+def test_the_best_checkpoint_becomes_the_file(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, 0.2, 0.3, 0.6, 0.9, 0.8, 0.7, 0.95, 0.1)
+    result = train(replace(config, checkpointing_steps=None))
+    # Scored from step 3 of 10: 3, 4, ..., 10.
+    assert (result.steps, result.chosen_step) == (10, 9)
+    assert [line["step"] for line in lines(config) if "score" in line] == list(range(3, 11))
+    until_9 = replace(config, max_train_steps=9, select="last", output_dir=config.output_dir / "9")
+    assert same(result.adapter_path, train(until_9).adapter_path)
+    whole = replace(config, select="last", output_dir=config.output_dir / "10")
+    assert result.last_path is not None
+    assert same(result.last_path, train(whole).adapter_path)
+    assert read_adapter(result.adapter_path).metadata["ss_max_train_steps"] == "9"
+    assert read_adapter(result.last_path).metadata["ss_max_train_steps"] == "10"
+    assert Image.open(config.output_dir / "selection.png").size == SIZE
+    assert "chosen step | 9" in (config.output_dir / "README.md").read_text()
+
+
+def test_it_ends_when_no_score_gets_better(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, 0.5, 0.4, 0.4, 0.5)
+    result = train(config)
+    assert (result.steps, result.chosen_step) == (6, 3)
+    again = train(replace(config, resume=True))
+    assert again.finished_before
+    assert again.adapter_path.stat().st_mtime_ns == result.adapter_path.stat().st_mtime_ns
+    assert again.chosen_step is None or again.chosen_step == 3
+
+
+def test_a_resumed_run_remembers_its_scores(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = (0.2, 0.9, 0.8, 0.7, 0.85)
+    scripted(monkeypatch, *scores)
+    unbroken = train(config)
+    stopped = replace(config, output_dir=config.output_dir / "stopped")
+    told = iter(scores[:3])
+
+    def score(*_: Any) -> dict[str, float]:
+        try:
+            return {"score": next(told), "likeness": 0.5}
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(Selection, "score", score)
+    with pytest.raises(KeyboardInterrupt):
+        train(stopped)
+    scripted(monkeypatch, *scores[3:])
+    resumed = train(replace(stopped, resume=True))
+    assert (resumed.steps, resumed.chosen_step) == (unbroken.steps, unbroken.chosen_step) == (7, 4)
+    assert same(resumed.adapter_path, unbroken.adapter_path)
+    assert lines(config)[-1]["score"] == lines(stopped)[-1]["score"]
+
+
+def test_scores_are_those_of_the_model_in_training(config: TrainConfig) -> None:
+    """Drawn for real: the adapter that does nothing yet has gone no way, and scoring changes no step."""
+    seen: list[dict[str, float]] = []
+    original = Selection.start
+
+    def start(run: Run, *rest: Any) -> Selection:
+        found = original(run, *rest)
+        seen.append(found.score(run))
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Selection, "start", start)
+        result = train(replace(config, max_train_steps=4))
+    assert seen[0]["class_kept"] == pytest.approx(1)
+    assert seen[0]["class_spread"] == pytest.approx(1, abs=1e-4)
+    plain = train(replace(config, max_train_steps=4, select="last", output_dir=config.output_dir / "plain"))
+    assert same(result.last_path or result.adapter_path, plain.adapter_path)
+    assert 0 <= lines(config)[-1]["score"] <= 1
+
+
+def test_whole_models_are_chosen_too(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, 0.9, 0.8, 0.7, 0.6)
+    whole = replace(config, full=True, rank=None, targets=None, max_train_steps=4, learning_rate=1e-3)
+    result = train(whole)
+    assert (result.steps, result.chosen_step) == (4, 1)
+    short = replace(whole, max_train_steps=1, select="last", output_dir=config.output_dir / "1")
+    one, other = result.adapter_path, train(short).adapter_path
+    unet = Path("unet") / "diffusion_pytorch_model.safetensors"
+    assert (one / unet).read_bytes() == (other / unet).read_bytes()
+
+
+def test_refusals(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="give checkpointing_steps more than 0"):
+        train(replace(config, checkpointing_steps=0))
+    with pytest.raises(ConfigError, match="select must be one of last, best"):
+        train(replace(config, select="finest"))
+    one = tmp_path / "one"
+    one.mkdir()
+    Image.new("RGB", (40, 40)).save(one / "0.png")
+    with pytest.raises(DataError, match="holds 1 photograph, and --select best needs two"):
+        train(replace(config, instance_data_dir=one))
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        train(replace(config, image_encoder=str(one)))
+    assert not config.output_dir.exists()
+
+
+def test_another_choice_is_another_run(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, *[0.5] * 20)
+    train(replace(config, max_train_steps=4))
+    with pytest.raises(ConfigError, match="select was 'best'"):
+        train(replace(config, select="last", resume=True))
+
+
+def test_the_command_says_what_was_chosen(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, 0.9, 0.8, 0.7, 0.6, 0.5)
+    text = replace(config, output_dir=config.output_dir).to_toml()
+    file = config.instance_data_dir.parent / "run.toml"
+    file.write_text(text)
+    done = CliRunner().invoke(main, ["train", "--config", str(file)])
+    assert done.exit_code == 0, done.output
+    assert "Best score: step 3 of 6" in done.output
+    assert "out-last.safetensors" in done.output
+
+
+def test_few_prompts_that_fit_things_and_animals() -> None:
+    prompts = selection_prompts("sd1", "dog")
+    assert 4 <= len(prompts.subject) <= 10
+    assert set(prompts.subject) <= set(OBJECT) & set(LIVE)
+    assert prompts.unrelated == ()
+    assert len(selection_prompts("toybox", "mug").subject) == 10
+
+
+def test_overall_by_hand() -> None:
+    def figures(subject: float, prompt: float, prior: float, spread: float) -> dict[str, Any]:
+        names = ("subject_fidelity", "prompt_fidelity", "prior_preservation", "diversity")
+        return {
+            name: {"value": value}
+            for name, value in zip(names, (subject, prompt, prior, spread), strict=True)
+        }
+
+    before = figures(0.2, 0.8, 0.2, 0.5)
+    found = overall(figures(0.6, 0.4, 0.4, 0.25), before, ceiling=1.0)
+    assert found["likeness"] == pytest.approx(0.5)
+    assert found["obedience"] == pytest.approx(0.5)
+    assert found["class_kept"] == pytest.approx(0.75)
+    assert found["class_spread"] == pytest.approx(0.5)
+    assert found["score"] == pytest.approx((0.5 * 0.5 * 0.75 * 0.5) ** 0.25)
+    perfect = overall(figures(1.0, 0.8, 0.2, 0.5), before, ceiling=1.0)
+    assert perfect["score"] == pytest.approx(1)
+    blind = figures(0.6, 0.4, 0.2, 0.5) | {"prompt_fidelity": "not measured"}
+    assert "obedience" not in overall(blind, before, ceiling=1.0)
+    # The base itself has gone no way; a memorising adapter whose class became the subject is worth nothing.
+    assert overall(before, before, 1.0)["score"] == 0
+    assert overall(figures(1.0, 0.8, 1.0, 0.0), before, 1.0)["score"] == 0
+
+
+def test_a_plot_needs_points() -> None:
+    assert draw_curve({"score": [(1, 0.5)]}).size == SIZE
+    assert draw_curve({"score": [(1, 0.5), (2, 1.5)], "other": [(1, -1.0)]}, chosen=2).size == SIZE
+    with pytest.raises(ValueError, match="got 0"):
+        draw_curve({})
+    assert selection.curve([{"step": 1, "loss": 2.0}], None) is None
