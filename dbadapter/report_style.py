@@ -9,7 +9,7 @@ STYLE = """
 --faint:#eeeeeb;
 --accent:#1f5fbf;--good:#0a7145;--bad:#b3261e;--band:#1b1c1e14;--shade:#0000001f;--ceiling:#8a5a00;
 --c0:#2a6fd6;--c1:#d9541a;--c2:#12936a;--c3:#7a45c4;--c4:#c23b7e;--c5:#8a6d00;--c6:#0e8ba3;--c7:#6b7075}
-@media (prefers-color-scheme:dark){:root{--page:#131416;--card:#1c1e21;--ink:#ececea;--soft:#a2a6ac;
+@media screen and (prefers-color-scheme:dark){:root{--page:#131416;--card:#1c1e21;--ink:#ececea;--soft:#a2a6ac;
 --line:#34373c;
 --faint:#26292d;--accent:#86b4ff;--good:#5fd3a0;--bad:#ff8f86;--band:#ffffff1c;--shade:#00000080;
 --ceiling:#e0b050;
@@ -51,10 +51,12 @@ th{font-weight:600}
 thead th{vertical-align:bottom;border-bottom-color:var(--line);line-height:1.25}
 tbody tr:last-child>*{border-bottom:0}
 tr>:first-child,.words{text-align:left}
-td.words{min-width:7rem}
+td.words{min-width:7rem;max-width:16rem}
 table:not(.pictures) tr>:first-child{position:sticky;left:0;z-index:1;background:var(--card)}
 tbody th{font-weight:500;min-width:9.2rem;max-width:18rem;overflow-wrap:anywhere}
-thead bdi{display:inline-block;max-width:12rem;overflow-wrap:anywhere}
+bdi{overflow-wrap:anywhere}
+thead bdi{display:inline-block;vertical-align:bottom;min-width:3.2rem;max-width:12rem;max-height:3.75em;
+overflow:hidden}
 .direction{display:block;font-weight:400;font-size:.75rem;color:var(--soft);white-space:nowrap}
 .figure>data{font-weight:600}
 .range{color:var(--soft);font-size:.8rem;white-space:nowrap}
@@ -169,9 +171,9 @@ margin-top:1.25rem}
 .columns ol{margin:.4rem 0 0;padding-left:2rem;font-size:.9rem}
 code{font-size:.9em}
 @media (max-width:40rem){.photographs{flex-direction:column;align-items:flex-start;gap:.3rem}
-.photographs .film{max-width:100%}th,td{padding:.45rem .6rem}table.settings th{width:auto}}
-@media print{:root{--page:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#ccc;--faint:#eee}
-html{font-size:11px}nav{display:none}.scroll{overflow:visible;border:0}.photographs{position:static;
+.photographs .film{max-width:100%}svg.scatter text{font-size:13.5px}th,td{padding:.45rem .6rem}table.settings th{width:auto}}
+@media print{:root{color-scheme:light;--page:#fff;--ink:#000;--soft:#444;--line:#ccc}
+html{font-size:11px}nav{display:none}.scroll{overflow:visible;border:0;background:none}details:not([open]){display:none}.photographs{position:static;
 box-shadow:none}
 .card,.pair,.panel,tr{break-inside:avoid}h2,h3{break-after:avoid}main>section{padding-top:1.2rem}
 *{print-color-adjust:exact}}

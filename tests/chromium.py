@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 import os
 import select
@@ -121,6 +120,8 @@ class Page:
 
 def _pipe() -> tuple[int, int]:
     """Return a pipe whose descriptors are neither 3 nor 4, so that moving one there overwrites no other."""
+    import fcntl  # not on Windows, where no test comes this far
+
     ends = os.pipe()
     high = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in ends]
     for end in ends:

@@ -17,9 +17,12 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from dbadapter.adapter_file import AdapterDescription, write_adapter
+from dbadapter.base import load_base
 from dbadapter.cli import main
 from dbadapter.errors import DataError
 from dbadapter.evaluation_report import ReportPictures, read_report, report_page
+from dbadapter.export.parity import synthetic_adapter
 from dbadapter.report_figures import FIGURES
 from dbadapter.report_html import bytes_text, element, number, signed
 from dbadapter.report_pictures import encode_picture
@@ -351,12 +354,45 @@ def test_outputs_are_refused_before_anything_is_read(tmp_path: Path) -> None:
     for given, said in (
         (["--report", str(tmp_path / "out.html")], "exists already"),
         (["--report", str(tmp_path)], "is a folder"),
+        (["--report", str(tmp_path / "out.html" / "x.html")], "cannot be written"),
         (["--report", str(tmp_path / "x"), "--json", str(tmp_path / "x")], "are both"),
     ):
         done = CliRunner().invoke(main, [*words, *given])
         assert done.exit_code in (1, 2)
         assert said in done.stderr
     assert (tmp_path / "out.html").read_text() == "mine"
+
+
+def test_the_command_writes_one_page(tiny_base_folder: Path, photographs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    write_adapter(
+        tmp_path / "dog.safetensors",
+        synthetic_adapter(load_base(str(tiny_base_folder), device="cpu")),
+        description=AdapterDescription(trigger="sks dog"),
+    )
+    (tmp_path / "prompts.txt").write_text("a {} on grass\n<script> {}\n")
+    out = tmp_path / "new" / "folder" / "out.html"
+    words: list[Any] = ["evaluate", "--base", tiny_base_folder, "--adapter", tmp_path / "dog.safetensors"]
+    words += [
+        "--instance-data-dir",
+        photographs,
+        "--class-noun",
+        "dog",
+        "--prompts",
+        tmp_path / "prompts.txt",
+    ]
+    words += ["--num-inference-steps", 1, "--num-images-per-prompt", 2, "--num-class-images", 2]
+    words += ["--report", out, "--json", tmp_path / "out.json"]
+    done = CliRunner().invoke(main, list(map(str, words)))
+    assert done.exit_code == 0, done.output
+    report = read_report(out)
+    assert report == json.loads((tmp_path / "out.json").read_text())
+    assert {"dbadapter", "torch", "diffusers"} <= report["versions"].keys()
+    assert [path.name for path in out.parent.iterdir()] == ["out.html"]
+    shown = Reader(out.read_text(encoding="utf-8"))
+    # 3 photographs; base and adapter: 4 of the subject, 2 of the class, 8 x 2 of others; 4 pairs.
+    assert len(shown.all("img")) == 3 + 2 * (4 + 2 + 16) + 4 * 2
+    assert CliRunner().invoke(main, list(map(str, words))).exit_code == 1
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -209,8 +210,21 @@ def _check_outputs(json_path: Path | None, report_path: Path | None, overwrite: 
             raise OutputError(f"{path} is a folder: give {option} the name of a file")
         if path is not None and path.exists() and not overwrite:
             raise OutputError(f"{path} exists already: choose another name or overwrite it (--overwrite)")
+        if path is not None:
+            _check_writable(path, option)
     if json_path is not None and report_path is not None and json_path.resolve() == report_path.resolve():
         raise UsageError(f"--json and --report are both {json_path}: give each a name of its own")
+
+
+def _check_writable(path: Path, option: str) -> None:
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        # A real file, gone at once: access bits say nothing about read-only disks, nor to root.
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror or error}): pass another {option}"
+        ) from None
 
 
 def _write(path: Path, text: str, option: str) -> None:
