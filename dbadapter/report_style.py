@@ -220,6 +220,9 @@ code { font-size: .9em }
   svg.scatter text { font-size: 13.5px }
   th,td { padding: .45rem .6rem }
   table.settings th { width: auto }
+  table.compare tbody th { width: 5rem; min-width: 5rem }
+  table.compare td+td { padding-left: .5rem }
+  .run img { min-width: 2.6rem }
 }
 @media print {
   :root { color-scheme: light; --page: #fff; --ink: #000; --soft: #444; --line: #ccc }
