@@ -178,7 +178,7 @@ table.pictures td img { width: 100%; min-width: 4.5rem }
 table.compare thead th { font-size: .9rem; color: var(--ink); font-weight: 600 }
 table.compare td+td { padding-left: .9rem }
 .run { display: flex; gap: .25rem }
-.run img { flex: 1 1 0; min-width: 3.75rem; width: 0 }
+table.compare .run img { flex: 1 1 0; min-width: 3.75rem; width: 0 }
 details { margin-top: 1rem; max-width: 38rem }
 summary { cursor: pointer; padding: .35rem 0; color: var(--accent) }
 .panels { display: grid; grid-template-columns: repeat(auto-fit,minmax(min(100%,10rem),1fr)); gap: 1rem }
@@ -209,7 +209,7 @@ table.settings th { color: var(--soft); width: 18rem }
 table.settings th,table.settings td { padding-block: .3rem }
 table.settings td { text-align: left }
 .columns {
-  display: grid; grid-template-columns: repeat(auto-fit,minmax(min(100%,20rem),1fr)); gap: 0 2rem;
+  display: grid; grid-template-columns: repeat(auto-fit,minmax(min(100%,20rem),1fr)); gap: 1rem 2rem;
   margin-top: 1.25rem;
 }
 .columns ol { margin: .4rem 0 0; padding-left: 2rem; font-size: .9rem }
@@ -222,7 +222,7 @@ code { font-size: .9em }
   table.settings th { width: auto }
   table.compare tbody th { width: 5rem; min-width: 5rem }
   table.compare td+td { padding-left: .5rem }
-  .run img { min-width: 2.6rem }
+  table.compare .run img { min-width: 2.6rem }
 }
 @media print {
   :root { color-scheme: light; --page: #fff; --ink: #000; --soft: #444; --line: #ccc }
