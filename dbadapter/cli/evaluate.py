@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+import dbadapter
 from dbadapter.cli.group import progress_bars
 from dbadapter.cli.options import BASE_HELP, FilePath, overwrite_option
 from dbadapter.errors import OutputError, UsageError
 
+if TYPE_CHECKING:
+    from dbadapter.evaluation_report import ReportPictures
+
 __all__ = ["evaluate"]
 
+_MADE_WITH = ("torch", "diffusers", "transformers")
 _KINDS = ("object", "live")
 _COLUMNS = {
     "subject_fidelity": "subject",
@@ -62,6 +70,8 @@ _COLUMNS = {
 @click.option("--seed", type=click.IntRange(min=0), default=1000, show_default=True, metavar="N",
               help="Of the first picture of every prompt.")  # fmt: skip
 @click.option("--json", "json_path", type=FilePath(), metavar="OUT", help="Where the figures go, as JSON.")
+@click.option("--report", "report_path", type=FilePath(), metavar="OUT.html",
+              help="Where they go as one page for the browser, with plots and pictures.")  # fmt: skip
 @overwrite_option
 def evaluate(
     base: str,
@@ -72,6 +82,7 @@ def evaluate(
     class_noun: str,
     identifier: str | None,
     json_path: Path | None,
+    report_path: Path | None,
     overwrite: bool,
     **request: Any,
 ) -> None:
@@ -90,12 +101,17 @@ def evaluate(
         raise UsageError("give what is scored: --adapter FILE, --tuned FOLDER, or --compare PATH PATH...")
     if more and not compare:
         raise UsageError(f"{more[0]}: paths follow --compare; for one adapter pass --adapter FILE")
-    if json_path is not None and json_path.exists() and not overwrite:
-        raise OutputError(f"{json_path} exists already: choose another name or overwrite it (--overwrite)")
-    report = _report(base, paths, class_noun, identifier, **request)
+    _check_outputs(json_path, report_path, overwrite)
+    from dbadapter.evaluation_report import ReportPictures, report_page
+
+    # What is drawn is kept only where it is shown.
+    pictures = ReportPictures() if report_path is not None else None
+    report = _report(base, paths, class_noun, identifier, pictures, **request)
     _show(report)
     if json_path is not None:
-        _write(json_path, report)
+        _write(json_path, json.dumps(report, indent=2) + "\n", "--json")
+    if report_path is not None and pictures is not None:
+        _write(report_path, report_page(report, pictures), "--report")
 
 
 def _report(
@@ -103,6 +119,7 @@ def _report(
     paths: list[Path],
     class_noun: str,
     identifier: str | None,
+    pictures: ReportPictures | None,
     *,
     instance_data_dir: Path,
     prompts_file: Path | None,
@@ -127,6 +144,8 @@ def _report(
     judged_by = text_image_encoder or default_prompt_judge(loaded.family)
     judge = load_prompt_judge(judged_by) if judged_by else None
     photographs = evaluation.load_photographs(instance_data_dir, max(loaded.resolution, 64))
+    if pictures is not None:
+        pictures.add_photographs(photographs)
     prompts = default_prompts(loaded.family, class_noun, kind)
     if prompts_file:
         prompts = choose_prompts(class_noun, read_prompts(prompts_file), prompts.unrelated)
@@ -141,8 +160,11 @@ def _report(
             prompt_judge=judge,
             settings=evaluation.Settings(**settings),
             progress=progress,
+            on_pictures=pictures.add if pictures is not None else None,
         )
-    return {"base": loaded.name, "photographs": len(photographs), **report}
+    versions = {"dbadapter": dbadapter.__version__} | {name: version(name) for name in _MADE_WITH}
+    made = {"date": date.today().isoformat(), "versions": versions}
+    return {"base": loaded.name, "photographs": len(photographs), **made, **report}
 
 
 def _show(report: dict[str, Any]) -> None:
@@ -167,15 +189,39 @@ def _cell(label: str, figure: Any) -> str:
     return f"{label} {figure:.3f}" if isinstance(figure, float) else f"{label} {figure}"
 
 
-def _write(path: Path, report: dict[str, Any]) -> None:
+def _check_outputs(json_path: Path | None, report_path: Path | None, overwrite: bool) -> None:
+    """Refuse before anything is drawn what could not be written afterwards."""
+    for path, option in ((json_path, "--json"), (report_path, "--report")):
+        if path is not None and path.is_dir():
+            raise OutputError(f"{path} is a folder: give {option} the name of a file")
+        if path is not None and path.exists() and not overwrite:
+            raise OutputError(f"{path} exists already: choose another name or overwrite it (--overwrite)")
+        if path is not None:
+            _check_writable(path, option)
+    if json_path is not None and report_path is not None and json_path.resolve() == report_path.resolve():
+        raise UsageError(f"--json and --report are both {json_path}: give each a name of its own")
+
+
+def _check_writable(path: Path, option: str) -> None:
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        # A real file, gone at once: access bits say nothing about read-only disks, nor to root.
+        tempfile.TemporaryFile(dir=nearest).close()
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror or error}): pass another {option}"
+        ) from None
+
+
+def _write(path: Path, text: str, option: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise OutputError(
-            f"{path} cannot be written ({error.strerror or error}): pass another --json"
+            f"{path} cannot be written ({error.strerror or error}): pass another {option}"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
