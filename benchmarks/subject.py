@@ -8,11 +8,7 @@ through the autoencoder); what judges find in them; and what became of "a photo 
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import report
+from benchmarks.toybox_runs import IDENTIFIER, train
 from dbadapter import lora
 from dbadapter.base import Base, load_base
 from dbadapter.presets import PRESETS
@@ -41,7 +38,6 @@ VARIANTS: dict[str, list[str]] = {
     "distill_instance": ["--prior", "distill", "--prior-source", "instance"],
     "distill_sampled": ["--prior", "distill", "--prior-source", "sampled"],
 }
-IDENTIFIER = "sks"
 
 
 def similarity(vectors: Tensor, references: Tensor) -> float:
@@ -53,40 +49,6 @@ def diversity(vectors: Tensor) -> float:
     """Return the mean of 1 - cosine over all pairs of different unit vectors, shape (n, d)."""
     cosine = vectors @ vectors.T
     return float(1 - (cosine.sum() - len(vectors)) / (len(vectors) * (len(vectors) - 1)))
-
-
-def train(folder: Path, output: Path, noun: str, options: list[str]) -> tuple[float, float]:
-    """Run `dbadapter train` in a process of its own; return its seconds and its peak memory in MB."""
-    command = [
-        sys.executable,
-        "-m",
-        "dbadapter",
-        "train",
-        "--instance-data-dir",
-        str(folder),
-        "--class-noun",
-        noun,
-    ]
-    command += [
-        "--output-dir",
-        str(output),
-        "--name",
-        "subject",
-        "--identifier",
-        IDENTIFIER,
-        "--overwrite",
-        *options,
-    ]
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        raise click.ClickException(f"training failed: {done.stderr.strip().splitlines()[-1]}")
-    # Its own word: what the system counts of a child begins at this process's size.
-    peak = re.search(r"(\d+) MB at the peak", done.stdout)
-    if peak is None:
-        raise click.ClickException(f"training told no peak memory: {done.stdout.strip()}")
-    return seconds, float(peak[1])
 
 
 def references(judge: Judges, base: Base, subject: Subject, each: int) -> tuple[Tensor, float, float]:
@@ -171,7 +133,7 @@ def measure(
     results: dict[str, Any] = {}
     for variant in variants:
         output = folder / variant
-        seconds, memory = train(folder / "photographs", output, subject.noun, [*options, *VARIANTS[variant]])
+        cost = train(folder / "photographs", output, subject.noun, [*options, *VARIANTS[variant]])
         file = output / "subject.safetensors"
         lora.apply(base.pipeline, {file: 1.0})
         after, class_after = drawn()
@@ -183,8 +145,8 @@ def measure(
             "noun_agreement": reached["noun"],
             "class_diversity_ratio": diversity(vectors) / spread,
             "class_similarity": similarity(vectors, own),
-            "seconds": seconds,
-            "peak_memory_mb": memory,
+            "seconds": cost.seconds,
+            "peak_memory_mb": cost.peak_memory_mb,
             "adapter_bytes": file.stat().st_size,
         }
         rows += [after[::each], after[1::each] or after, class_before[:6], class_after[:6]]

@@ -7,7 +7,11 @@ kernels are compiled by numba, which only drawing needs (extra `pretrain`).
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
+
+# numba's threads are OpenMP's, and torch's too from then on: who asked for one should get one.
+os.environ.setdefault("NUMBA_NUM_THREADS", os.environ.get("OMP_NUM_THREADS") or str(os.cpu_count() or 1))
 
 import numba
 import numpy as np

@@ -1,0 +1,119 @@
+"""Does `train --select best` choose well? `python -m benchmarks.select --json OUT [--quick]`.
+
+Runs that overfit (a constant rate, twice the steps) and runs at the defaults, each with `--select best` and
+with the last checkpoint, from the same seed: until one ends early both take the very same steps. Both files
+are scored with other seeds, and with more pictures, than the choice was made by. Finished runs are lines of
+`--runs`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks import report
+from benchmarks.quality import QUICK, SETTINGS
+from benchmarks.quality_plan import SUBJECTS
+from benchmarks.toybox_runs import FIGURES, Bench, append, read_runs, sheet, train
+from dbadapter import metrics
+from dbadapter.adapter_file import read_adapter
+from dbadapter.toybox.subjects import Subject
+
+RUNS = Path("benchmarks/results/select.jsonl")
+KINDS = {
+    "overfitting": ("--lr-scheduler", "constant", "--max-train-steps", "600"),
+    "default": (),
+}
+COMPARED = ("score", "likeness", "obedience", "class_kept", "class_spread", *FIGURES)
+
+
+def run(bench: Bench, kind: str, subject: Subject, *, quick: bool) -> dict[str, Any]:
+    """Train twice and score both files; return the line of the run."""
+    folder, evaluator, before = bench.subject(subject)
+    options = list(KINDS[kind]) + (["--max-train-steps", "3", "--num-class-images", "2"] if quick else [])
+    found, drawn = {}, {}
+    for select in ("best", "last"):
+        output = bench.work / subject.name / f"{kind}-{select}"
+        cost = train(folder, output, subject.noun, [*options, "--select", select])
+        file = output / "subject.safetensors"
+        drawn[select], figures = bench.score(subject, file)
+        step = int(read_adapter(file).metadata["ss_max_train_steps"])
+        found[select] = {"step": step, **figures, **asdict(cost)}
+        if (curve := output / "selection.png").exists():
+            curve.replace(bench.work / subject.name / f"{kind}-selection.png")
+        shutil.rmtree(output)
+    sheet(evaluator, before, drawn, bench.work / subject.name / f"{kind}.png")
+    key = f"{kind}/{subject.name}"
+    return {"key": key, "kind": kind, "subject": subject.name, "quick": quick, **found}
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return each kind's means over the subjects, and the paired differences with their intervals."""
+    found: dict[str, Any] = {}
+    for kind in KINDS:
+        rows = [each for each in runs if each["kind"] == kind]
+        if not rows:
+            continue
+
+        def of(select: str, name: str, rows: Sequence[dict[str, Any]] = rows) -> torch.Tensor:
+            return torch.tensor([[float(row[select][name])] for row in rows])
+
+        found[kind] = {
+            "subjects": len(rows),
+            **{
+                select: {
+                    name: round(float(of(select, name).mean()), 4)
+                    for name in (*COMPARED, "step", "seconds", "cpu_seconds")
+                }
+                for select in ("best", "last")
+            },
+            "best_minus_last": {
+                name: {
+                    key: round(value, 4)
+                    for key, value in asdict(metrics.difference(of("best", name), of("last", name))).items()
+                }
+                for name in COMPARED
+            },
+        }
+    return found
+
+
+@click.command()
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the summary goes.")
+@click.option("--runs", "runs_path", type=click.Path(path_type=Path), default=RUNS, show_default=True,
+              help="Finished runs, one a line; they are not run again.")  # fmt: skip
+@click.option("--work-dir", type=click.Path(path_type=Path), help="Keeps sheets and curves.  [temporary]")
+@click.option("--seconds", type=float, help="Start no run after so long.")
+@click.option("--quick", is_flag=True, help="One subject, three steps: measures nothing.")
+def main(
+    json_path: Path | None, runs_path: Path, work_dir: Path | None, seconds: float | None, quick: bool
+) -> None:
+    """Compare the chosen checkpoint with the last and print JSON."""
+    if quick and runs_path == RUNS:
+        raise click.UsageError("--quick would mix its lines with the real ones: pass --runs as well")
+    start, made = time.perf_counter(), None
+    for kind in list(KINDS)[:1] if quick else KINDS:
+        for subject in SUBJECTS[:1] if quick else SUBJECTS:
+            if f"{kind}/{subject.name}" in {each["key"] for each in read_runs(runs_path)}:
+                continue
+            if seconds is not None and time.perf_counter() - start > seconds:
+                break
+            folder = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-select-"))
+            made = made or Bench(folder, QUICK if quick else SETTINGS)
+            found = run(made, kind, subject, quick=quick)
+            append(runs_path, found)
+            scores = ", ".join(f"{name} {found[name]['score']:.3f}" for name in ("best", "last"))
+            click.echo(f"{found['key']}: {scores}", err=True)
+    report.write({"benchmark": "select", "quick": quick, **summary(read_runs(runs_path))}, json_path)
+
+
+if __name__ == "__main__":
+    main()

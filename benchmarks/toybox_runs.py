@@ -1,0 +1,160 @@
+"""What the benchmarks on toybox's subjects share: a run of `dbadapter train`, prompts, scores, a sheet."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dbadapter.base import Base, load_base
+from dbadapter.encoders import TOYBOX_JUDGES, load_encoder, load_prompt_judge
+from dbadapter.evaluation import Evaluator, Scores, Settings, load_candidate, load_photographs, overall
+from dbadapter.evaluation_prompts import Prompts, choose_prompts
+from dbadapter.grid import grid
+from dbadapter.lora import apply
+from dbadapter.toybox import names
+from dbadapter.toybox.subjects import TEST_CONTEXTS, Subject, photographs
+
+__all__ = ["FIGURES", "IDENTIFIER", "Bench", "Cost", "append", "read_runs", "sheet", "train"]
+
+IDENTIFIER = "sks"
+FIGURES = (
+    "subject_fidelity",
+    "prompt_fidelity",
+    "noun_agreement",
+    "context_agreement",
+    "prior_preservation",
+    "diversity",
+    "drift",
+)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took: seconds by the clock and of processors, and its own word of its peak memory in MB."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_memory_mb: float
+
+
+def train(folder: Path, output: Path, noun: str, options: Sequence[str]) -> Cost:
+    """Run `dbadapter train` on photographs in a process of its own; the file is output/subject.safetensors.
+
+    Raises:
+        ClickException: it failed; the message is its last line.
+    """
+    command = [sys.executable, "-m", "dbadapter", "train", "--instance-data-dir", str(folder)]
+    command += ["--class-noun", noun, "--output-dir", str(output), "--name", "subject"]
+    command += ["--identifier", IDENTIFIER, "--overwrite", *options]
+    start, cpu = time.perf_counter(), _children()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or ["no message"]
+        raise click.ClickException(f"training failed ({done.returncode}): {said[-1]}")
+    # Its own word: what the system counts of a child begins at this process's size.
+    peak = re.search(r"(\d+) MB at the peak", done.stdout)
+    if peak is None:
+        raise click.ClickException(f"training told no peak memory: {done.stdout.strip()}")
+    return Cost(round(seconds, 1), round(_children() - cpu, 1), float(peak[1]))
+
+
+def _children() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def prompts_of(noun: str) -> Prompts:
+    """Return the six places of the test, and as many other things in the same places."""
+    others = [other for other in names.NOUNS if other != noun][: len(TEST_CONTEXTS)]
+    unrelated = tuple(f"a photo of a {o} {c}" for o, c in zip(others, TEST_CONTEXTS, strict=True))
+    return choose_prompts(noun, tuple(f"a photo of {{}} {c}" for c in TEST_CONTEXTS), unrelated)
+
+
+class Bench:
+    """The base, toybox's judges, and what was found of each subject before training."""
+
+    def __init__(self, work: Path, settings: Settings) -> None:
+        self.work, self.settings = work, settings
+        self.base: Base = load_base("toybox")
+        self.encoder, self.judge = load_encoder(TOYBOX_JUDGES), load_prompt_judge(TOYBOX_JUDGES)
+        self._of: dict[str, tuple[Evaluator, Scores]] = {}
+
+    def subject(self, subject: Subject) -> tuple[Path, Evaluator, Scores]:
+        """Return the photographs' folder, the evaluator and the base's scores."""
+        folder = self.work / subject.name / "photographs"
+        if subject.name not in self._of:
+            photographs(subject, folder)
+            evaluator = Evaluator(
+                load_photographs(folder, 64),
+                prompts_of(subject.noun),
+                subject.noun,
+                self.encoder,
+                self.judge,
+                self.settings,
+            )
+            self._of[subject.name] = evaluator, evaluator.score_base(self.base.pipeline)
+        return folder, *self._of[subject.name]
+
+    def score(self, subject: Subject, made: Path) -> tuple[Scores, dict[str, Any]]:
+        """Score an adapter's file or a tuned model's folder; return the scores, and their values by name."""
+        _, evaluator, before = self.subject(subject)
+        candidate = load_candidate(made, subject.noun, IDENTIFIER)
+        if candidate.adapter is None:
+            scores = evaluator.score(load_base(str(made)).pipeline, candidate.subject)
+        else:
+            apply(self.base.pipeline, {candidate.adapter: 1.0})
+            scores = evaluator.score(self.base.pipeline, candidate.subject)
+            apply(self.base.pipeline, {})
+        ceiling = evaluator.ceiling()
+        return scores, {
+            "ceiling": ceiling,
+            "before": {name: before.figures[name]["value"] for name in FIGURES},
+            **{name: scores.figures[name]["value"] for name in FIGURES},
+            "nearest_photograph": scores.figures["nearest_photograph"],
+            **overall(scores.figures, before.figures, ceiling),
+            "bytes": candidate.bytes,
+        }
+
+
+def sheet(evaluator: Evaluator, before: Scores, found: dict[str, Scores], path: Path) -> None:
+    """Keep a picture of the photographs, and of the test places and the class by the base and each model."""
+    seeds = evaluator.settings.num_images_per_prompt
+    rows, notes = [list(evaluator.photographs)], ["photographs"]
+    for name, scores in found.items():
+        rows += [scores.drawn["subject"][::seeds], scores.drawn["subject"][1::seeds] or rows[0]]
+        notes += [name, ""]
+    for name, scores in {"base": before, **found}.items():
+        rows.append(scores.drawn["class"][: len(TEST_CONTEXTS)])
+        notes.append(f"class, {name}")
+    grid(rows, notes, list(TEST_CONTEXTS)).save(path)
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Return the finished runs of a file; a line cut short by a kill is passed over."""
+    found = {}
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                run = json.loads(line)
+            except ValueError:
+                continue
+            found[run["key"]] = run
+    return list(found.values())
+
+
+def append(path: Path, run: dict[str, Any]) -> None:
+    """Add a run's line in one write, so that two processes may do so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab", buffering=0) as file:
+        file.write(json.dumps(run).encode() + b"\n")

@@ -1,0 +1,172 @@
+"""The arithmetic of `benchmarks.quality` and `benchmarks.select`, their order, and a quick run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("numba", reason="the benchmarks draw their own pictures")
+
+import click
+from click.testing import CliRunner
+
+from benchmarks import quality, select
+from benchmarks.quality_figures import FIGURES, best_rates, search, summary, table
+from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SEEDS, SUBJECTS, works
+from benchmarks.toybox_runs import append, read_runs
+from dbadapter.config import TrainConfig
+from dbadapter.toybox.subjects import SUBJECTS as TUNED_ON
+
+RATES = {name: rates[0] for name, rates in SEARCHED.items()}
+
+
+def line(
+    method: str, subject: str, seed: int, value: float, stage: str = "compare", **more: Any
+) -> dict[str, Any]:
+    names = ("subject_fidelity", "prompt_fidelity", "noun_agreement")
+    return {
+        "key": f"{stage}/{method}/{subject}/{seed}/{more.get('rate', 1)}",
+        "stage": stage,
+        "method": method,
+        "subject": subject,
+        "seed": seed,
+        "rate": 1e-3,
+        "quick": False,
+        "ceiling": 0.9,
+        "before": dict.fromkeys(names, 0.1),
+        **dict.fromkeys(FIGURES, value),
+        **more,
+    }
+
+
+def test_the_subjects_are_held_out() -> None:
+    assert len(SUBJECTS) >= 8
+    assert len(SEEDS) == 3
+    assert not set(SUBJECTS) & {*TUNED_ON, *SEARCH_SUBJECTS}
+    assert not {subject.noun for subject in SUBJECTS} & {subject.noun for subject in SEARCH_SUBJECTS}
+
+
+def test_every_method_and_subject_comes_with_every_seed_the_main_ones_first() -> None:
+    found = list(works("compare", RATES))
+    assert len({work.key for work in found}) == len(found) == len(METHODS) * len(SUBJECTS) * len(SEEDS)
+    first = found[: 4 * len(SUBJECTS)]
+    assert {work.method for work in first} == {name for name, method in METHODS.items() if method.main}
+    assert {work.seed for work in first} == {0}
+    assert {work.method for work in works("compare", RATES, ["rank-1"])} == {"rank-1"}
+    with pytest.raises(click.ClickException, match="no rate was searched for adapter"):
+        list(works("compare", {}))
+
+
+def test_every_method_is_searched_or_says_whose_rate_it_takes() -> None:
+    assert {method.rate_of for method in METHODS.values()} == set(SEARCHED)
+    assert len(list(works("search", {}))) == sum(map(len, SEARCHED.values())) * len(SEARCH_SUBJECTS)
+
+
+def test_the_options_are_ones_that_train_takes() -> None:
+    from dbadapter.cli import main
+
+    known = {
+        option for param in main.commands["train"].params for option in (*param.opts, *param.secondary_opts)
+    }
+    for method in METHODS.values():
+        assert {word for word in method.options if word.startswith("--")} <= known
+    assert TrainConfig.prior == "distill"  # the default that the methods' names speak of
+
+
+def test_the_rate_with_the_best_mean_score_wins() -> None:
+    runs = [
+        line("adapter", "car", 0, 0, "search", score=score, rate=rate)
+        for rate, scores in ((1e-3, (0.5, 0.7)), (2e-3, (0.9, 0.1)), (4e-3, (0.65, 0.6)))
+        for score in scores
+    ]
+    for number, run in enumerate(runs):
+        run["key"] = str(number)
+    assert search(runs) == {"adapter": {"0.001": 0.6, "0.002": 0.5, "0.004": 0.625}}
+    assert best_rates(runs) == {"adapter": 4e-3}
+
+
+def test_figures_are_means_over_subjects_and_seeds_that_all_have() -> None:
+    runs = [line("adapter", s, seed, v) for s, seed, v in (("a", 0, 1.0), ("a", 1, 9.0), ("b", 0, 3.0))]
+    assert table(runs, "adapter", "score").tolist() == [[1.0], [3.0]]
+    runs += [line("full", "a", 0, 2.0), line("full", "b", 0, 6.0), line("adapter-no-prior", "a", 0, 0.5)]
+    found = summary(runs)
+    assert found["methods"]["adapter"]["score"]["value"] == 2.0
+    assert found["methods"]["adapter"]["seeds"] == 1
+    assert found["methods"]["full"]["minus_default"]["score"]["value"] == 2.0
+    assert found["before"]["ceiling"] == 0.9
+    assert set(found["methods"]) == {"adapter", "full", "adapter-no-prior"}
+
+
+def test_targets_by_hand() -> None:
+    def rows(method: str, **figures: float) -> list[dict[str, Any]]:
+        return [line(method, subject, 0, 0.5, **figures) for subject in "ab"]
+
+    runs = rows("adapter", class_kept=0.95, class_spread=0.9, bytes=10, peak_memory_mb=100)
+    runs += rows("full", bytes=600, peak_memory_mb=200)
+    runs += rows("adapter-no-prior", class_kept=0.4, class_spread=0.85)
+    found = summary(runs)["targets"]
+    assert found["file_50_times_smaller"] == {"ratio": 60.0, "met": True}
+    assert found["memory_below_full"] == {"ratio": 0.5, "met": True}
+    assert found["fidelity_at_least_full_minus_interval"]["met"]
+    kept = found["forgetting_at_most_half_of_no_prior"]
+    assert kept["class_kept"] == {"with": 0.05, "without": 0.6, "met": True}
+    assert kept["class_spread"] == {"with": 0.1, "without": 0.15, "met": False}
+
+
+def test_a_line_that_was_cut_is_run_again(tmp_path: Path) -> None:
+    runs = tmp_path / "runs.jsonl"
+    append(runs, {"key": "a", "score": 1})
+    append(runs, {"key": "b", "score": 2})
+    with runs.open("a") as file:
+        file.write('{"key": "c", "sco')
+    assert [run["key"] for run in read_runs(runs)] == ["a", "b"]
+    assert read_runs(tmp_path / "none.jsonl") == []
+
+
+def test_best_against_last_by_hand() -> None:
+    def row(subject: str, best: float, last: float) -> dict[str, Any]:
+        sides = {
+            side: {**dict.fromkeys(select.COMPARED, value), "step": 3, "seconds": 1.0, "cpu_seconds": 1.0}
+            for side, value in (("best", best), ("last", last))
+        }
+        return {"key": subject, "kind": "overfitting", "subject": subject, **sides}
+
+    found = select.summary([row("a", 0.8, 0.5), row("b", 0.6, 0.5)])["overfitting"]
+    assert found["best"]["score"] == 0.7
+    assert found["best_minus_last"]["score"]["value"] == pytest.approx(0.2)
+    assert found["subjects"] == 2
+
+
+@pytest.mark.parametrize("command", [quality.main, select.main])
+def test_quick_runs_stay_out_of_the_real_ones(command: click.Command) -> None:
+    done = CliRunner().invoke(command, ["--quick"])
+    assert done.exit_code == 2
+    assert "pass --runs as well" in done.output
+
+
+def test_bad_words() -> None:
+    assert "--part must be like 1/2" in CliRunner().invoke(quality.main, ["--part", "3/2"]).output
+    assert "unknown methods best" in CliRunner().invoke(quality.main, ["--methods", "best"]).output
+
+
+def test_a_quick_run_and_going_on(tmp_path: Path) -> None:
+    """One adapter and one whole model, two steps each, for real; the second call finds all done."""
+    runs = tmp_path / "runs.jsonl"
+    for rate, (name, rates) in enumerate(SEARCHED.items()):
+        append(runs, line(name, "car-200", 0, 0.5, "search", rate=rates[0]) | {"key": f"old{rate}"})
+    words = ["--quick", "--stage", "compare", "--runs", str(runs), "--work-dir", str(tmp_path / "work")]
+    done = CliRunner().invoke(quality.main, [*words, "--json", str(tmp_path / "a.json")])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert set(found["methods"]) == {"adapter", "full"}
+    adapter, full = found["methods"]["adapter"], found["methods"]["full"]
+    assert full["bytes"]["value"] > 20 * adapter["bytes"]["value"]
+    assert adapter["peak_memory_mb"]["value"] > 100
+    assert len(list((tmp_path / "work").rglob("*-0-*.png"))) == 2
+    size = runs.stat().st_size
+    again = CliRunner().invoke(quality.main, words)
+    assert again.exit_code == 0
+    assert runs.stat().st_size == size
