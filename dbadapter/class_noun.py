@@ -39,7 +39,9 @@ __all__ = [
     "views",
 ]
 
-SURE = 0.6  # share of the vote from which a noun is taken; measured, see docs/class-noun.md
+# Share of the vote from which a noun is taken; measured, see docs/class-noun.md.
+SURE = 0.6
+SURE_ON_TOYBOX = 0.8  # its classifier was never shown that a picture can be of something else
 PLAUSIBLE = 0.3  # from which it is worth proposing
 TEMPERATURE = 0.6  # EfficientNet-Lite2 spreads a tenth and more over all its classes; measured with SURE
 CLIP_SCALE = 100.0  # of the cosine; training stops it there (Radford et al. 2021, section 2.5)
@@ -59,6 +61,7 @@ class Classifier:
         classes: the own name of each class.
         probabilities: (pictures) -> shape (n, classes).
         several_views: pictures are shown whole and closer too, not as the centre square alone.
+        sure: share of the vote from which its noun is taken.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Classifier:
     classes: tuple[str, ...]
     probabilities: Callable[[Sequence[Image]], Tensor]
     several_views: bool = True
+    sure: float = SURE
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,14 @@ class Vote:
         finer: the likeliest class behind the first, e.g. "Pembroke"; None where it is the noun itself.
         photographs: how many voted.
         classifier: its name.
+        sure: share of the vote from which the noun is taken.
     """
 
     candidates: tuple[tuple[str, float], ...]
     finer: str | None
     photographs: int
     classifier: str
+    sure: float = SURE
 
     @property
     def noun(self) -> str:
@@ -130,14 +136,16 @@ def load_classifier(config: TrainConfig) -> Classifier:
         return _clip(config.class_noun_classifier, config.class_nouns)
     if config.base == TrainConfig.base:  # it knows no other nouns
         nouns, probabilities = toybox_nouns()
-        return Classifier("toybox's classifier", nouns, nouns, probabilities, several_views=False)
+        return Classifier(
+            "toybox's classifier", nouns, nouns, probabilities, several_views=False, sure=SURE_ON_TOYBOX
+        )
     return _efficientnet()
 
 
 def classify(photographs: Sequence[Photograph], classifier: Classifier) -> Vote:
     """Return the vote over photographs."""
     candidates, finer = count(ballots(photographs, classifier), classifier.nouns, classifier.classes)
-    return Vote(candidates, finer, len(photographs), classifier.name)
+    return Vote(candidates, finer, len(photographs), classifier.name, classifier.sure)
 
 
 def ballots(photographs: Sequence[Photograph], classifier: Classifier) -> Tensor:
@@ -248,7 +256,7 @@ def _earlier(config: TrainConfig) -> tuple[str, str | None]:
 
 
 def _sure(vote: Vote, folder: Path) -> str:
-    if vote.share >= SURE:
+    if vote.share >= vote.sure:
         return vote.noun
     shares = ", ".join(f"{noun} {_percent(share)}" for noun, share in vote.candidates)
     cure = "--class-noun with what they show, e.g. dog"
