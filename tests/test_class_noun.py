@@ -18,6 +18,7 @@ from PIL import Image
 from tiny_runs import tiny_config, write_photographs
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from benchmarks import class_noun as benchmark
 from dbadapter import class_noun, toybox
 from dbadapter.class_noun import Classifier, Vote, classify, count, decided, load_classifier
 from dbadapter.config import TrainConfig
@@ -170,13 +171,13 @@ def test_clip_chooses_among_the_nouns_given(clip: Path) -> None:
 def test_a_run_takes_the_noun_into_prompts_and_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base_folder: Path
 ) -> None:
-    voting(monkeypatch, [0.9, 0.05, 0.0, 0.05, 0.0])
+    voting(monkeypatch, [0.875, 0.0625, 0.0, 0.0625, 0.0])
     photographs = write_photographs(tmp_path / "photos")
     config = tiny_config(photographs, tmp_path / "out", tiny_base_folder, class_noun="auto")
     found = plan(config).config
     assert (found.class_noun, found.class_prompt) == ("dog", "a photo of a dog")
     assert str(found.instance_prompt).endswith(" dog")
-    assert found.class_noun_vote == "95 % of the vote over 3 photographs by a test; most like a Pembroke"
+    assert found.class_noun_vote == "93 % of the vote over 3 photographs by a test; most like a Pembroke"
     (tmp_path / "again.toml").write_text(found.to_toml(), encoding="utf-8")
     assert TrainConfig.from_toml(tmp_path / "again.toml") == found
     assert plan(found).config == found
@@ -278,3 +279,19 @@ def test_evaluate_wants_the_noun_itself(tmp_path: Path) -> None:
     result = run(*words)
     assert result.exit_code == 2
     assert "--class-noun auto is for train" in result.stderr
+
+
+def test_the_benchmark_counts_each_subject_once(tmp_path: Path) -> None:
+    table = tmp_path / "prompts_and_classes.txt"
+    table.write_text(
+        "Classes\n\nsubject_name,class\nrc_car,toy\ndog2,dog\n\nPrompts, and so on\n", encoding="utf-8"
+    )
+    assert benchmark.read_nouns(table) == {"rc_car": "toy", "dog2": "dog"}
+    assert benchmark.accepted("rc_car", "toy") == {"toy", "car"}
+    judge = Classifier("a test", NOUNS, CLASSES, lambda pictures: torch.empty(0))
+    votes = torch.tensor([[0.7, 0.0, 0.1, 0.1, 0.1]] * 5)
+    assert benchmark.row(votes, judge, {"dog"})["right"]
+    assert len(benchmark.sets_of_three(votes, 0)) == 10
+    rows = [{"share": 0.9, "right": True}, {"share": 0.5, "right": True}]
+    found = benchmark.summary([rows, [{"share": 0.7, "right": False}]], (0.6,))
+    assert found == {"0.6": {"right": 0.5, "wrong": 1.0, "refused": 0.5}}
