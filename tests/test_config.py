@@ -74,6 +74,7 @@ def test_resolved_fills_and_stays(family: str, rank: int, prior: str, name: str 
     assert left == {
         "prediction_type", "class_data_dir", "snr_gamma",
         "class_noun_classifier", "class_nouns", "class_noun_vote",
+        "image_encoder", "text_image_encoder",
     }  # fmt: skip
     assert resolved.resolved(family, 512) == resolved
     assert resolved.alpha == rank == resolved.text_encoder_rank
