@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dbadapter.config_checks import (
+    AUTO,
     LOGGERS,
     LR_SCHEDULERS,
     OPTIMIZERS,
@@ -29,6 +30,7 @@ from dbadapter.errors import ConfigError
 from dbadapter.presets import PRESETS, Preset
 
 __all__ = [
+    "AUTO",
     "LOGGERS",
     "LR_SCHEDULERS",
     "OPTIMIZERS",
@@ -82,7 +84,10 @@ class TrainConfig:
 
     Args:
         instance_data_dir: folder of the subject's photographs.
-        class_noun: what the subject is, e.g. "dog".
+        class_noun: what the subject is, e.g. "dog"; "auto" is decided by the photographs, see `class_noun`.
+        class_noun_classifier: what decides it: folder or hub id of a CLIP; None is the default for the base.
+        class_nouns: what that CLIP chooses among; None is the nouns of ImageNet's classes.
+        class_noun_vote: how it was decided; a record, not a setting.
         output_dir: folder for the adapter and everything beside it.
         name: the adapter file's stem; None is the name of `output_dir`.
         base: "toybox", a diffusers folder, a single-file .safetensors checkpoint, or a hub id.
@@ -176,6 +181,9 @@ class TrainConfig:
     text_image_encoder: str | None = None
     logger: str = "none"
     random_flip: bool = False
+    class_noun_classifier: str | None = None
+    class_nouns: tuple[str, ...] | None = None
+    class_noun_vote: str | None = None
 
     def __post_init__(self) -> None:
         # From Python, "photos" for a path and a list for a tuple are what people write.
@@ -183,7 +191,7 @@ class TrainConfig:
             value = getattr(self, field)
             if isinstance(value, str) and value:  # Path("") would be the current folder
                 object.__setattr__(self, field, Path(value))
-        for field in ("targets", "validation_prompt"):
+        for field in ("targets", "validation_prompt", "class_nouns"):
             value = getattr(self, field)
             if isinstance(value, str):
                 object.__setattr__(self, field, (value,))
@@ -214,6 +222,8 @@ class TrainConfig:
         if family not in PRESETS:
             raise ConfigError(f"base family must be one of {', '.join(PRESETS)}, got {family!r}")
         self.validate()
+        if self.class_noun == AUTO:
+            raise ConfigError("class_noun auto is not decided yet: call dbadapter.class_noun.decided first")
         preset = PRESETS[family]
         word = identifier or (None if self.identifier == "auto" else self.identifier)
         fill = filler(self.class_noun, word)

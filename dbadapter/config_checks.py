@@ -13,6 +13,7 @@ if typing.TYPE_CHECKING:
     from dbadapter.config import TrainConfig
 
 __all__ = [
+    "AUTO",
     "LOGGERS",
     "LR_SCHEDULERS",
     "OPTIMIZERS",
@@ -26,6 +27,7 @@ __all__ = [
     "faults",
 ]
 
+AUTO = "auto"
 PRIORS = ("distill", "generated", "none")
 PRIOR_SOURCES = ("sampled", "instance")
 TARGETS = ("attention", "feed-forward", "proj", "conv")
@@ -102,14 +104,8 @@ def faults(config: TrainConfig) -> Iterator[str]:
 
 
 def _text_faults(config: TrainConfig) -> Iterator[str]:
-    if not config.class_noun.strip():
-        yield "class_noun must say what the subject is, e.g. dog, got nothing"
-    elif re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", config.class_noun):
-        yield f"class_noun must be one line without control characters, got {config.class_noun!r}"
-    elif "{" in config.class_noun or "}" in config.class_noun:
-        yield f"class_noun must be a word without braces, e.g. dog, got {config.class_noun!r}"
-    elif config.class_noun == "auto":
-        yield "class_noun auto is not supported yet: say what the subject is, e.g. dog"
+    yield from _noun_faults("class_noun", config.class_noun)
+    yield from _classifier_faults(config)
     for name in ("identifier", "base"):
         if not getattr(config, name).strip():
             yield f"{name} must not be empty: leave it out for the default"
@@ -123,6 +119,34 @@ def _text_faults(config: TrainConfig) -> Iterator[str]:
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str | Path) and not _is_unicode(str(text)):
                 yield f"{field.name} must be valid Unicode, got {str(text)!r}: rename it"
+
+
+def _noun_faults(name: str, noun: str) -> Iterator[str]:
+    if not noun.strip():
+        yield f"{name} must say what the subject is, e.g. dog, got nothing"
+    elif re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", noun):
+        yield f"{name} must be one line without control characters, got {noun!r}"
+    elif "{" in noun or "}" in noun:
+        yield f"{name} must be a word without braces, e.g. dog, got {noun!r}"
+
+
+def _classifier_faults(config: TrainConfig) -> Iterator[str]:
+    """Say what is wrong with how `auto` is to be decided."""
+    nouns, classifier = config.class_nouns, config.class_noun_classifier
+    if classifier is not None and not classifier.strip():
+        yield "class_noun_classifier must not be empty: leave it out for the default"
+    if (classifier is not None or nouns is not None) and config.class_noun != AUTO:
+        yield f"class_noun_classifier and class_nouns decide class_noun auto, got {config.class_noun!r}"
+    if nouns is None:
+        return
+    if classifier is None:
+        yield "class_nouns needs a CLIP that tells them apart: pass class_noun_classifier too"
+    if len(nouns) < 2 or len(set(nouns)) < len(nouns):
+        yield f"class_nouns must be two or more different nouns, got {', '.join(nouns) or 'none'}"
+    for noun in nouns:
+        yield from _noun_faults("each of class_nouns", noun)
+        if noun == AUTO:
+            yield "each of class_nouns must be a noun, got 'auto'"
 
 
 def _number_faults(config: TrainConfig) -> Iterator[str]:
@@ -155,7 +179,7 @@ def _target_faults(targets: tuple[str, ...] | None) -> Iterator[str]:
 
 def _prompt_faults(config: TrainConfig) -> Iterator[str]:
     word = config.identifier
-    if word.lower() == config.class_noun.lower():
+    if word.lower() == config.class_noun.lower() != AUTO:
         yield f"identifier must differ from the class noun, got {word!r} for both"
     prompt = config.instance_prompt
     named = prompt is None or "{identifier}" in prompt or (word != "auto" and _has_word(prompt, word))

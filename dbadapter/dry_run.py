@@ -44,6 +44,8 @@ def _about(found: Plan) -> Iterator[str]:
             f"#   {photograph.path.name}: {photograph.size[0]}x{photograph.size[1]}, "
             f"trained at {size[0]}x{size[1]}{also}"
         )
+    if config.class_noun_vote is not None:
+        yield f"# Class noun: {config.class_noun} ({config.class_noun_vote})"
     yield "# Prompts, and the tokens that the base reads:"
     rows = instance_prompts(config, base.tokenizer, found.photographs)
     prompts = list(dict.fromkeys(prompt for row in rows for prompt in row))

@@ -32,6 +32,7 @@ __all__ = [
     "load_encoder",
     "load_prompt_judge",
     "load_text_image_encoder",
+    "toybox_nouns",
 ]
 
 DEFAULT_ENCODER = "efficientnet-lite2"
@@ -217,6 +218,15 @@ def efficientnet_lite2() -> tuple[Any, Callable[[Sequence[Image]], Tensor]]:
         return torch.stack([(_square(picture, side) - 127) / 128 for picture in pictures])
 
     return model.eval().requires_grad_(False), prepare
+
+
+def toybox_nouns() -> tuple[tuple[str, ...], Callable[[Sequence[Image]], Tensor]]:
+    """Return the nouns that toybox knows, and its own classifier: (pictures) -> probabilities (n, nouns)."""
+    from dbadapter.toybox.judges import load_judges, tensor_of
+    from dbadapter.toybox.names import NOUNS
+
+    judges = load_judges()
+    return NOUNS, lambda pictures: judges.nouns(tensor_of(pictures))
 
 
 def _of_efficientnet(device: str) -> Encoder:

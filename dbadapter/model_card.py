@@ -148,6 +148,7 @@ def model_card(made: Made) -> str:
     rows = {
         "base": base_name,
         "photographs": made.photographs,
+        "class noun, by classifying them": _decided(config),
         "steps": made.steps,
         "chosen step": made.chosen_step,
         "precision": made.precision,
@@ -206,6 +207,11 @@ the losses of each step are in `metrics.jsonl`.
 |---|---|
 {table}
 {plot}"""
+
+
+def _decided(config: TrainConfig) -> str | None:
+    """Return the class noun and the vote that chose it; None if it was given."""
+    return None if config.class_noun_vote is None else f"{config.class_noun} ({config.class_noun_vote})"
 
 
 def _yaml(fields: Mapping[str, str | list[str]]) -> str:

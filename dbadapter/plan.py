@@ -18,6 +18,7 @@ from dbadapter.advice import advice
 from dbadapter.base import Base, load_base, pick_device, pick_precision
 from dbadapter.checkpoint import Snapshot
 from dbadapter.class_images import check_manifest
+from dbadapter.class_noun import decided
 from dbadapter.config import TrainConfig
 from dbadapter.errors import DataError, OutputError, UsageError
 from dbadapter.loggers import check_logger
@@ -87,6 +88,7 @@ def plan(config: TrainConfig, device: torch.device | None = None, processes: int
                 "well: pass another --class-data-dir, or leave it out"
             )
     folder.check(config.instance_data_dir, overwrite=config.overwrite, resume=config.resume)
+    config = decided(config, photographs)
     target = pick_device() if device is None else device
     in_half = not config.full and pick_precision(target, config.mixed_precision or "auto") == "bf16"
     base = load_base(

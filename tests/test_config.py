@@ -71,7 +71,11 @@ def test_resolved_fills_and_stays(family: str, rank: int, prior: str, name: str 
         assert name is not None  # not every text is a file name
         return
     left = {f.name for f in dataclasses.fields(resolved) if getattr(resolved, f.name) is None}
-    assert left == {"prediction_type", "class_data_dir", "snr_gamma"}
+    assert left == {
+        "prediction_type", "class_data_dir", "snr_gamma",
+        "class_noun_classifier", "class_nouns", "class_noun_vote",
+        "image_encoder", "text_image_encoder",
+    }  # fmt: skip
     assert resolved.resolved(family, 512) == resolved
     assert resolved.alpha == rank == resolved.text_encoder_rank
     assert resolved.instance_prompt == "a photo of sks dog"
@@ -133,7 +137,6 @@ def test_identifier_may_come_later() -> None:
     ("values", "message"),
     [
         ({"class_noun": " "}, "class_noun must say what the subject is"),
-        ({"class_noun": "auto"}, "class_noun auto is not supported yet"),
         ({"rank": 0}, "rank must be from 1 to 1024, got 0"),
         ({"alpha": -1.0}, "alpha must be greater than 0, got -1.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be greater than 0, got nan"),

@@ -35,6 +35,7 @@ LAYERS = (
     "merging",
     "model_card",
     "plan",
+    "class_noun",
     "selection",
     "memory",
     "advice",

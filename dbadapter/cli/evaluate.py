@@ -97,6 +97,11 @@ def evaluate(
       dbadapter evaluate --adapter my-dog/my-dog.safetensors --instance-data-dir photos --class-noun dog
     """
     paths = [path for path in (adapter, tuned) if path is not None] + [*compare, *more]
+    if class_noun == "auto":
+        raise UsageError(
+            "--class-noun auto is for train: pass the noun that the adapter was trained with, as its "
+            "config.toml says"
+        )
     if not paths:
         raise UsageError("give what is scored: --adapter FILE, --tuned FOLDER, or --compare PATH PATH...")
     if more and not compare:

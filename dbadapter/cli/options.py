@@ -113,7 +113,15 @@ def parse_adapters(values: tuple[str, ...], said: str = "--adapter") -> dict[Any
 train_options = join_options(
     click.option("--instance-data-dir", type=FilePath(), metavar="DIR",
                  help="Folder of the subject's photographs; 3 to 6 are enough.  [required]"),
-    click.option("--class-noun", metavar="NOUN", help="What the subject is, e.g. dog.  [required]"),
+    click.option("--class-noun", metavar="NOUN",
+                 help="What the subject is, e.g. dog; auto lets a classifier decide, and stops where it is "
+                 "unsure.  [required]"),
+    click.option("--class-noun-classifier", metavar="CLIP",
+                 help="Folder or hub id of the CLIP that decides auto.  [default: EfficientNet-Lite2; on "
+                 "toybox its own classifier]"),
+    click.option("--class-nouns", metavar="LIST|FILE",
+                 help="What that CLIP chooses among: comma-separated, or a file with one a line.  "
+                 "[default: the nouns of ImageNet's classes]"),
     click.option("--output-dir", type=FilePath(), metavar="OUT",
                  help="Folder for the adapter and all that belongs to it.  [required]"),
     click.option("--name", help="Stem of the adapter's file name.  [default: OUT's name]"),

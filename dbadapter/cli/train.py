@@ -11,7 +11,7 @@ import click
 
 from dbadapter.cli.group import progress_bars, warn
 from dbadapter.cli.options import train_options
-from dbadapter.config import TrainConfig, read_toml
+from dbadapter.config import AUTO, TrainConfig, read_toml
 from dbadapter.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,13 +49,17 @@ def train(config_file: Path | None, dry_run: bool, **flags: Any) -> None:
         return
     from dbadapter.training import train as run
 
+    begun = False
     with progress_bars() as progress:
 
         def report(stage: str, done: int, total: int) -> None:
-            nonlocal warned
-            if not warned:  # the first report comes when all checks are through: an error stands alone
-                warn(TOYBOX_WARNING)
-                warned = True
+            nonlocal begun
+            if not begun:  # the first report comes when all checks are through: an error stands alone
+                begun = True
+                if not warned:
+                    warn(TOYBOX_WARNING)
+                if config.class_noun == AUTO:
+                    _say_noun(config.output_dir / "config.toml")
             progress(stage, done, total)
 
         result = run(config, progress=report, on_log=progress.show)
@@ -98,13 +102,36 @@ def _say(result: TrainResult) -> None:
     )
 
 
+def _say_noun(resolved: Path) -> None:
+    """Print what the class noun was found to be, out of the run's own record."""
+    values = read_toml(resolved)
+    told = values.get("class_noun_vote", "as the run before was told")
+    click.echo(f"Class noun: {values['class_noun']} ({told})")
+
+
 def _given(config_file: Path | None, flags: dict[str, Any]) -> dict[str, Any]:
     """Return the fields that the file or a flag sets; a flag wins."""
     values = read_toml(config_file) if config_file else {}
-    values |= {name: value for name, value in flags.items() if value is not None and value != ()}
+    flags = {name: value for name, value in flags.items() if value is not None and value != ()}
+    if {"class_noun", "instance_data_dir"} & set(flags):
+        values.pop("class_noun_vote", None)  # the record of another noun, or of other photographs
+    values |= flags
     if isinstance(targets := values.get("targets"), str):
         values["targets"] = tuple(part.strip() for part in targets.split(",") if part.strip())
+    if isinstance(nouns := values.get("class_nouns"), str):
+        values["class_nouns"] = _listed(nouns)
     return values
+
+
+def _listed(nouns: str) -> tuple[str, ...]:
+    """Return the nouns of a file, one a line, or of a comma-separated list."""
+    lines = nouns.split(",")
+    if Path(nouns).is_file():
+        try:
+            lines = Path(nouns).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--class-nouns {nouns} cannot be read as UTF-8 text: {error}") from None
+    return tuple(noun.strip() for noun in lines if noun.strip())
 
 
 def _train_config(config_file: Path | None, flags: dict[str, Any]) -> TrainConfig:
