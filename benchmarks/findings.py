@@ -47,8 +47,8 @@ def read(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path.name} says no {key}; write it by benchmarks.report.write")
     if found["benchmark"] not in FINDINGS:
         raise ValueError(
-            f"{path.name} is of the benchmark {found['benchmark']}, and benchmarks/findings.py has no function "
-            "for it; add one there"
+            f"{path.name} is of the benchmark {found['benchmark']}, for which benchmarks/findings.py has no "
+            "function; add one there"
         )
     return found
 

@@ -130,6 +130,8 @@ def run(
     if not record.exists():
         (record.with_suffix(".log")).write_text(done.stdout + done.stderr, encoding="utf-8")
         words = done.stderr.strip().splitlines() or ["no output"]
+        if done.returncode < 0:  # it said nothing of it then
+            words = [f"ended by signal {-done.returncode}; 9 is the system's where memory runs out"]
         raise click.ClickException(f"{name} failed: {words[-1]} (all of it: {record.with_suffix('.log')})")
     shown = ["python", job.script.name] if side == "peer" else ["dbadapter"]
     places = {str(job.folder): "BASE", str(job.work): "WORK"}
