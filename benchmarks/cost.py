@@ -99,20 +99,26 @@ def ratios(adapter: Mapping[str, Any], full: Mapping[str, Any]) -> dict[str, flo
         "startup_without_imports": "startup_without_imports_seconds",
         "file": "file_bytes",
     }
-    return {name: float(f"{full[key] / adapter[key]:.4g}") for name, key in pairs.items()}
+    return {
+        name: float(f"{full[key] / adapter[key]:.4g}")
+        for name, key in pairs.items()
+        if full[key] is not None and adapter[key] is not None
+    }
 
 
 def side_figures(records: Sequence[Mapping[str, Any]], warmup: int) -> dict[str, Any]:
     """Return one side's figures: those of `training_figures.figures`, and the size of what it writes.
 
     Args:
-        records: of `benchmarks.cost_peer`.
+        records: of `benchmarks.cost_peer`; without a size if the process died while it wrote.
         warmup: steps that do not count.
     """
+    written = [record for record in records if "file_bytes" in record]
     return figures(records, warmup) | {
         "memory_of": records[0]["memory_of"],
-        "file_bytes": records[0]["file_bytes"],
-        "writing_seconds_all": rounded([record["writing_seconds"] for record in records]),
+        "file_bytes": written[0]["file_bytes"] if written else None,
+        "writing_seconds_all": rounded([record["writing_seconds"] for record in written]),
+        "died_while_writing": len(records) - len(written),
     }
 
 

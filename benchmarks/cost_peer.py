@@ -26,8 +26,9 @@ class WeighingClock(Clock):
     """A clock that lets the run go on after the last step, up to the file."""
 
     def finish(self) -> None:
-        """Note what was measured; the run ends itself when it has written its file."""
+        """Write what was measured; the run ends itself when it has written its own file, or dies of it."""
         self.take()
+        self.save()
 
     def weigh(self, trained: Any, folder: Any, report: Any) -> None:
         """Write the adapter or the model, note its bytes, end the process; stands in for `write_results`."""

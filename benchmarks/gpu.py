@@ -1,9 +1,9 @@
 """Everything that wants a GPU, in one command of under ten minutes.
 
 `python -m benchmarks.gpu --json OUT [--parts a,b] [--budget-seconds N] [--peer-script FILE] [--quick]`
-measures the device's limits, a smoke test, training (an adapter beside full fine-tuning, precisions, compiled, diffusers'
-script) and one UNet call by torch and ONNX Runtime, each beside those limits. Called again with the
-same OUT it goes on. Without a GPU all of it is tiny: it checks the machinery and measures nothing.
+measures the device's limits, a smoke test, training (an adapter beside full fine-tuning, precision, compiled,
+diffusers' script) and one UNet call by torch and ONNX Runtime, each beside those limits. Called again with
+the same OUT it goes on. Without a GPU all of it is tiny: it checks the machinery and measures nothing.
 """
 
 from __future__ import annotations

@@ -96,9 +96,13 @@ class Clock:
             "memory_of": "gpu" if on_gpu else "process",
         }
 
+    def save(self) -> None:
+        """Write the file."""
+        self.record.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
+
     def leave(self) -> NoReturn:
         """Write the file and end the process at once."""
-        self.record.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
+        self.save()
         sys.stdout.flush()
         os._exit(0)
 
