@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from benchmarks import flops, gpu, gpu_cells, gpu_inference, inference_variants
 from benchmarks.gpu_parts import PARTS, Settings
 from dbadapter import toybox
 
+ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"work": "", "tiny": True, "threads": 1, "script": None}
 
 
@@ -260,6 +263,15 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(whole))
     assert gpu.go_on(path, True, {"accelerator": None}) == {"parts": {}}
     assert gpu.go_on(tmp_path / "none.json", True, {"accelerator": None}) == {}
+
+
+def test_nothing_of_torchs_parts_needs_onnxruntime() -> None:
+    code = (
+        "import sys\nfor name in ('onnxruntime', 'onnx', 'onnxscript', 'onnx_ir'): sys.modules[name] = None\n"
+        "import benchmarks.gpu, benchmarks.inference_gpu, benchmarks.flops, benchmarks.cost\n"
+        "import dbadapter.training"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True)
 
 
 def test_unknown_parts_are_refused() -> None:
