@@ -202,20 +202,30 @@ def _cost(found: Any) -> str:
             ratios = each["ratios"]
             parts.append(
                 f"{where}: full fine-tuning takes {ratios['step_seconds']:.2g} times the adapter's time a "
-                f"step, {ratios['peak_memory']:.2g} times its memory, {ratios['file']:,.0f} times its file"
+                f"step, {ratios['peak_memory']:.2g} times its memory"
+                + (f", {ratios['file']:,.0f} times its file" if "file" in ratios else "")
             )
     return "; ".join(parts)
 
 
 @finding("gpu")
 def _gpu(found: Any) -> str:
-    done = [name for name, part in found["parts"].items() if part["state"] == "done"]
-    line = f"{len(done)} of {len(found['parts'])} parts measured"
-    limits = found["parts"].get("limits", {}).get("cells", {}).get("products", {})
-    if rates := limits.get("tera_flops"):
-        fastest = max(rates, key=lambda name: rates[name])
-        line += f"; the device multiplies matrices at {rates[fastest]:.3g} TFLOP/s ({fastest})"
-    return line
+    parts = [f"{sum(part['state'] == 'done' for part in found['parts'].values())} parts measured"]
+    for name, part in found["parts"].items():
+        base = NAMES.get(name.partition("-")[2], name)
+        told = []
+        for cell, about in part["cells"].items():
+            seconds = about.get("step_seconds", about.get("call_seconds"))
+            if seconds is not None:
+                share = about.get("share_of_the_matrix_rate")
+                of_limit = "" if share is None else f" ({share:.0%} of the matrix rate)"
+                told.append(f"{cell} {seconds * 1000:.3g} ms{of_limit}")
+        if told:
+            parts.append(f"{base} {'a step' if name.startswith('train') else 'a call'}: {', '.join(told)}")
+        if name == "limits" and (rates := part["cells"].get("products", {}).get("tera_flops")):
+            shown = ", ".join(f"{kind} {rate:.3g}" for kind, rate in rates.items())
+            parts.append(f"matrix products in TFLOP/s: {shown}")
+    return "; ".join(parts)
 
 
 def _bars(found: Any) -> str:

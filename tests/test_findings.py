@@ -95,6 +95,23 @@ def test_a_gpu_is_named_as_the_machine() -> None:
     assert findings.kind({"machine": MACHINE, "threads": 1}) == "1 of 2 cores, P"
 
 
+def test_a_gpus_line_names_its_limits_and_what_was_reached() -> None:
+    products = {"tera_flops": {"bf16": 700.0, "fp32": 50.0}}
+    step = {"step_seconds": 0.05, "share_of_the_matrix_rate": 0.4}
+    parts = {
+        "limits": {"state": "done", "cells": {"products": products}},
+        "train-sd15": {
+            "state": "partial",
+            "cells": {"base": {}, "adapter_bf16": step, "x": {"failed": "no"}},
+        },
+        "infer-sd15": {"state": "done", "cells": {"cuda_eager": {"call_seconds": 0.02}}},
+    }
+    assert findings.FINDINGS["gpu"]({"parts": parts}) == (
+        "2 parts measured; matrix products in TFLOP/s: bf16 700, fp32 50; SD1.5 a step: adapter_bf16 50 ms "
+        "(40% of the matrix rate); SD1.5 a call: cuda_eager 20 ms"
+    )
+
+
 def test_costs_that_were_not_measured_say_why() -> None:
     found = {
         "bases": {
