@@ -42,6 +42,8 @@ def read(path: Path) -> dict[str, Any]:
         ValueError: it lacks a benchmark, a command or a machine, or no function makes a line of it.
     """
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("benchmark") and not found.get("command"):  # its JSON was written by no command line
+        found["command"] = f"python -m benchmarks.{found['benchmark']}"
     for key in ("benchmark", "command", "machine"):
         if not found.get(key):
             raise ValueError(f"{path.name} says no {key}; write it by benchmarks.report.write")
@@ -61,7 +63,7 @@ def logs_of(folder: Path) -> dict[str, list[str]]:
     """
     logs: dict[str, list[str]] = {path.stem: [] for path in sorted(folder.glob("*.json"))}
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".json" or path.name.startswith("."):
+        if path.suffix == ".json" or path.name.startswith(".") or path in unfinished(folder):
             continue
         owners = [stem for stem in logs if path.stem == stem or path.stem.startswith(f"{stem}-")]
         if not owners:
@@ -91,7 +93,22 @@ def table(folder: Path = RESULTS) -> str:
         ValueError: as `read` and `logs_of`.
     """
     rows = [row(folder / f"{stem}.json", logs) for stem, logs in logs_of(folder).items()]
+    rows += [
+        f"| {len(path.read_text(encoding='utf-8').splitlines())} runs so far, no summary yet | "
+        f"`python -m benchmarks.{path.stem.partition('-')[0]}` | | | [log](results/{path.name}) |"
+        for path in unfinished(folder)
+    ]
     return "\n".join(["| finding | command | machine | date | JSON |", "|---|---|---|---|---|", *rows])
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """Return logs of runs whose result is yet to come."""
+    stems = [path.stem for path in folder.glob("*.json")]
+    return [
+        path
+        for path in sorted(folder.glob("*.jsonl"))
+        if not any(path.stem == stem or path.stem.startswith(f"{stem}-") for stem in stems)
+    ]
 
 
 def kind(found: Mapping[str, Any]) -> str:
@@ -226,6 +243,35 @@ def _gpu(found: Any) -> str:
             shown = ", ".join(f"{kind} {rate:.3g}" for kind, rate in rates.items())
             parts.append(f"matrix products in TFLOP/s: {shown}")
     return "; ".join(parts)
+
+
+@finding("class_noun")
+def _class_noun(found: Any) -> str:
+    real = found["real"]
+    told = real["all_photographs"][f"{real['threshold']:g}"]
+    return (
+        f"of {len(real['subjects'])} photographed subjects --class-noun auto names {told['right']:.0f} right "
+        f"and {told['wrong']:.0f} wrong, and lists candidates for {told['refused']:.0f}"
+    )
+
+
+@finding("select")
+def _select(found: Any) -> str:
+    return "; ".join(
+        f"{kind}: the chosen checkpoint scores {about['best']['score']:.3f}, the last "
+        f"{about['last']['score']:.3f} ({about['subjects']} subjects)"
+        for kind, about in found.items()
+        if isinstance(about, dict) and "best_minus_last" in about
+    )
+
+
+@finding("quality")
+def _quality(found: Any) -> str:
+    return f"{found['runs']} runs of {len(found['methods'])} methods" + "".join(
+        f"; {name} scores {about['score']['value']:.3f}"
+        for name, about in found["methods"].items()
+        if name in ("adapter", "full", "adapter-no-prior") and "value" in about["score"]
+    )
 
 
 def _bars(found: Any) -> str:

@@ -78,12 +78,23 @@ def test_a_log_belongs_to_the_longest_name(tmp_path: Path) -> None:
         write(tmp_path, name, benchmark="toybox")
     (tmp_path / "a-b-c.jsonl").write_text("")
     assert findings.logs_of(tmp_path) == {"a": [], "a-b": ["a-b-c.jsonl"]}
-    (tmp_path / "other.jsonl").write_text("")
-    with pytest.raises(ValueError, match=r"other\.jsonl belongs to no result"):
+    (tmp_path / "quality.jsonl").write_text("{}\n{}\n")
+    assert findings.unfinished(tmp_path) == [tmp_path / "quality.jsonl"]
+    (tmp_path / "other.csv").write_text("")
+    with pytest.raises(ValueError, match=r"other\.csv belongs to no result"):
         findings.logs_of(tmp_path)
 
 
+def test_runs_without_a_summary_have_a_row(tmp_path: Path) -> None:
+    (tmp_path / "quality.jsonl").write_text("{}\n{}\n")
+    row = findings.table(tmp_path).splitlines()[-1]
+    assert row.startswith("| 2 runs so far, no summary yet | `python -m benchmarks.quality` |")
+
+
 def test_what_a_result_lacks_is_said_with_the_cure(tmp_path: Path) -> None:
+    assert findings.read(write(tmp_path, "a.json", benchmark="toybox", command=None))["command"] == (
+        "python -m benchmarks.toybox"
+    )
     with pytest.raises(ValueError, match="says no benchmark; write it by"):
         findings.read(write(tmp_path, "a.json"))
     with pytest.raises(ValueError, match="has no function; add one there"):
