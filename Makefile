@@ -15,14 +15,15 @@ OPTIMUM_TESTS = tests/optimum $(addprefix tests/,parity/test_file_equals_model.p
 	test_memory.py::test_what_saves_memory_does test_model_folder.py test_sampling.py test_single_file.py \
 	test_tokens.py test_training.py)
 
-.PHONY: help demo test test-optimum lint readme clean
+.PHONY: help demo test test-optimum lint readme benchmarks-readme clean
 
 help:
 	@echo "make demo          the whole job on the embedded base; pictures in dbadapter-demo/"
 	@echo "make test          the tests"
 	@echo "make test-optimum  those that matter there, with the older packages of dbadapter[optimum]"
-	@echo "make lint          ruff, mypy, and whether the README's CLI reference is up to date"
+	@echo "make lint          ruff, mypy, and whether the README's CLI reference and the table of findings are up to date"
 	@echo "make readme        write the README's CLI reference again"
+	@echo "make benchmarks-readme  write the table of findings in benchmarks/README.md again"
 	@echo "make clean         remove $(VENV), $(OPTIMUM_VENV), dbadapter-demo and caches"
 
 # Torch goes first and alone: pip then takes the build that the machine's own index offers (CPU or CUDA)
@@ -59,9 +60,14 @@ lint: $(STAMP)
 	@$(BIN)/python -m ruff format --check .
 	@$(BIN)/python -m mypy
 	@$(BIN)/python -m cogapp --check README.md
+	@$(BIN)/python -m cogapp --check benchmarks/README.md
 
 readme: $(STAMP)
 	@$(BIN)/python -m cogapp -r README.md
+
+# From the numbers in benchmarks/results.
+benchmarks-readme: $(STAMP)
+	@$(BIN)/python -m cogapp -r benchmarks/README.md
 
 clean:
 	rm -rf $(VENV) $(OPTIMUM_VENV) dbadapter-demo build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -11,12 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
 from torch import Tensor
 
 from benchmarks.inference_variants import Job, Variant, load_unet, random_factors, torch_variant, unet_inputs
-from dbadapter.export.runtime import Runner
 
 __all__ = ["GPU_VARIANTS", "load_gpu"]
 
@@ -48,7 +46,7 @@ def load_gpu(name: str, job: Job, opened: dict[str, Any]) -> Variant:
         if "cuda" not in opened:
             unet = load_unet(job.base, torch.float16).to("cuda")
             opened["cuda"] = unet.to(memory_format=torch.channels_last)  # what tensor cores read
-        half = {key: value.half() for key, value in inputs.items() if key != "timestep"}
+        half = {key: value.half() for key, value in inputs.items() if key not in ("timestep", "time_ids")}
         return torch_variant(opened["cuda"], inputs | half, compiled=name == "cuda_compile")
     kind, rank, provider, options = _SESSIONS[name]
     session = _open(job.graph(kind), provider, options)
@@ -57,6 +55,8 @@ def load_gpu(name: str, job: Job, opened: dict[str, Any]) -> Variant:
 
 def _open(path: Path, provider: str, options: Mapping[str, str]) -> Any:
     """Return a session whose first provider is the one asked for, or raise RuntimeError."""
+    import onnxruntime  # after torch, whose folders hold CUDA and cuDNN
+
     onnxruntime.preload_dlls()  # CUDA and cuDNN lie in torch's folders, where the loader does not look
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 3
@@ -74,6 +74,8 @@ def _open(path: Path, provider: str, options: Mapping[str, str]) -> Any:
 
 def _bound(session: Any, inputs: Mapping[str, Tensor], rank: int) -> Any:
     """Return a call without arguments that runs a session on memory bound once; the output stays in place."""
+    from dbadapter.export.runtime import Runner
+
     runner = Runner(session)
     values: dict[str, Tensor] = dict(inputs)
     if rank:

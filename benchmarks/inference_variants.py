@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dbadapter.export.adapters import mixed
-from dbadapter.export.runtime import Runner, open_session
-
 __all__ = ["ADAPTED", "CPU_VARIANTS", "Job", "Variant", "load", "measure", "random_factors", "unet_inputs"]
 
 # The ranks of the adapters that are on, each with weight 1.
@@ -64,18 +61,24 @@ def unet_inputs(base: Path, latents: int) -> dict[str, Tensor]:
     """Return seeded float32 inputs of a base's UNet for one step with guidance, by the graph's names.
 
     Args:
-        base: folder in diffusers' layout, of a UNet without SDXL's further inputs.
+        base: folder in diffusers' layout; SDXL's UNet takes pooled text and six numbers too.
         latents: cells a side.
     """
     unet = json.loads((base / "unet/config.json").read_text(encoding="utf-8"))
     text = json.loads((base / "text_encoder/config.json").read_text(encoding="utf-8"))
     generator = torch.Generator().manual_seed(0)
     words = (BATCH, int(text["max_position_embeddings"]), int(unet["cross_attention_dim"]))
-    return {
+    inputs = {
         "sample": torch.randn(BATCH, int(unet["in_channels"]), latents, latents, generator=generator),
         "timestep": torch.tensor(500.0),
         "encoder_hidden_states": torch.randn(words, generator=generator),
     }
+    if unet.get("addition_embed_type") == "text_time":
+        width = unet["projection_class_embeddings_input_dim"] - 6 * unet["addition_time_embed_dim"]
+        side = float(latents * 8)
+        inputs["text_embeds"] = torch.randn(BATCH, width, generator=generator)
+        inputs["time_ids"] = torch.tensor([[side, side, 0.0, 0.0, side, side]]).expand(BATCH, 6).contiguous()
+    return inputs
 
 
 def random_factors(shapes: Mapping[str, Sequence[str | int]], rank: int, seed: int = 0) -> dict[str, Tensor]:
@@ -105,6 +108,10 @@ def load(name: str, job: Job, opened: dict[str, Any]) -> Variant:
         if "torch" not in opened:
             opened["torch"] = load_unet(job.base)
         return torch_variant(opened["torch"], inputs, compiled=name == "compile")
+    # Here, not above: torch's own calls are measured where ONNX Runtime is not installed too.
+    from dbadapter.export.adapters import mixed
+    from dbadapter.export.runtime import Runner, open_session
+
     kind = name.partition("_")[0]
     if kind not in opened:
         opened[kind] = Runner(open_session(job.graph(kind), ["CPUExecutionProvider"]))
@@ -131,11 +138,16 @@ def torch_variant(unet: Any, inputs: Mapping[str, Tensor], *, compiled: bool) ->
     """Return torch's call, without gradients as diffusers' pipelines make it, on the inputs' device."""
     model = torch.compile(unet) if compiled else unet
     device = inputs["sample"].device
+    added = {key: inputs[key] for key in ("text_embeds", "time_ids") if key in inputs}
 
     @torch.no_grad()
     def call() -> Tensor:
         out: Tensor = model(
-            inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"], return_dict=False
+            inputs["sample"],
+            inputs["timestep"],
+            inputs["encoder_hidden_states"],
+            added_cond_kwargs=added or None,
+            return_dict=False,
         )[0]
         if device.type == "cuda":
             torch.cuda.synchronize()

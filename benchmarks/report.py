@@ -6,6 +6,8 @@ import datetime
 import json
 import os
 import platform
+import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import click
 import torch
 
-__all__ = ["machine", "write"]
+__all__ = ["command", "machine", "save", "write"]
 
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "onnx", "onnxruntime-gpu", "onnxruntime")
 
@@ -45,10 +47,43 @@ def machine() -> dict[str, Any]:
     }
 
 
+def command(words: Sequence[str] | None = None) -> str | None:
+    """Return the command line that runs this benchmark, without the places of its files on this machine.
+
+    Args:
+        words: of the process; by default its own. None comes back where that is no benchmark's.
+    """
+    program, *words = list(sys.argv if words is None else words)
+    path = Path(program)
+    if path.parent.name != "benchmarks" or path.suffix != ".py":
+        return None
+    shown = ["python", "-m", f"benchmarks.{path.stem}"]
+    rest = iter(words)
+    for word in rest:
+        option, equals, value = word.partition("=")
+        if option == "--work-dir":
+            if not equals:
+                next(rest, None)
+            continue
+        # A path of this machine by its last name, but results as they lie in the project.
+        place = value if equals else word
+        if Path(place).is_absolute() or place.startswith((".", "~")):
+            place = Path(place).name
+        shown.append(f"{option}={place}" if equals else place)
+    return " ".join(shown)
+
+
+def save(figures: dict[str, Any], path: Path) -> None:
+    """Write figures as JSON under a temporary name, and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half_written = path.with_name(f".{path.name}.tmp")
+    half_written.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    half_written.replace(path)
+
+
 def write(figures: dict[str, Any], path: Path | None) -> None:
     """Print figures as JSON, and write them to a file if one is named."""
-    text = json.dumps({**figures, "machine": machine()}, indent=2)
-    click.echo(text)
+    whole = {**figures, "command": command(), "machine": machine()}
+    click.echo(json.dumps(whole, indent=2))
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
+        save(whole, path)

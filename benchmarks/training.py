@@ -8,101 +8,31 @@ same base, photographs, class pictures and job, by turns, each run in a process 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
-from PIL import Image
 
 from benchmarks import report
 from benchmarks.training_figures import bars, figures, ratios, rounded, startup_figures
+from benchmarks.training_runs import RANK, ROOT, Job, base_folder, pictures, run
 from dbadapter import toybox
 from dbadapter.presets import PRESETS
 
-ROOT = Path(__file__).resolve().parent.parent
 BASES = ("toybox", "sd15")
 TABLES = ("fp32", "bf16", "defaults", "startup")
-RANK, IDENTIFIER, SEED = 8, "sks", 0
 # What a run with our defaults takes; with one picture a step, toybox's are mostly Python.
 BATCHES = {"toybox": PRESETS["toybox"].train_batch_size, "sd15": PRESETS["sd1"].train_batch_size}
 # Words that only this script has, of all those in diffusers' examples/dreambooth.
 _MARKS = ("DreamBoothDataset", "LoraConfig", "pre_compute_text_embeddings", "accelerator.accumulate(unet)")
-
-
-@dataclass(frozen=True)
-class Job:
-    """What both sides train: one base and data, and where the runs lie.
-
-    Args:
-        base: "toybox" or a diffusers folder's name, for the figures.
-        folder: of the base, in diffusers' layout.
-        ours: what `dbadapter train --base` is given.
-        instances, classes: folders of pictures, nothing else in them.
-        pictures: how many class pictures.
-        noun: of the class.
-        resolution: pixels a side.
-        batch: photographs a step; the prior adds as many.
-        script: theirs.
-        work: where runs and records go.
-        threads: of each process.
-    """
-
-    base: str
-    folder: Path
-    ours: str
-    instances: Path
-    classes: Path
-    pictures: int
-    noun: str
-    resolution: int
-    batch: int
-    script: Path
-    work: Path
-    threads: int
-
-    def peer_arguments(self, options: Sequence[str], classes: Path | None = None) -> list[str]:
-        """Return the script's options: the job's, then those of a table."""
-        values = {
-            "--pretrained_model_name_or_path": self.folder,
-            "--instance_data_dir": self.instances,
-            "--instance_prompt": f"a photo of {IDENTIFIER} {self.noun}",
-            "--class_data_dir": classes or self.classes,
-            "--class_prompt": f"a photo of a {self.noun}",
-            "--num_class_images": self.pictures,
-            "--resolution": self.resolution,
-            "--train_batch_size": self.batch,
-            "--rank": RANK,
-            "--seed": SEED,
-        }
-        flags = ["--with_prior_preservation", "--train_text_encoder", *options]
-        return [str(word) for pair in values.items() for word in pair] + flags
-
-    def our_arguments(self, options: Sequence[str]) -> list[str]:
-        """Return the command's words: the job's, then those of a table."""
-        values = {
-            "--base": self.ours,
-            "--instance-data-dir": self.instances,
-            "--class-noun": self.noun,
-            "--identifier": IDENTIFIER,
-            "--resolution": self.resolution,
-            "--train-batch-size": self.batch,
-            "--rank": RANK,
-            "--seed": SEED,
-        }
-        return ["train", *(str(word) for pair in values.items() for word in pair), *options]
 
 
 def like_for_like(job: Job, precision: str) -> tuple[list[str], list[str]]:
@@ -139,43 +69,6 @@ def check_script(path: Path) -> dict[str, Any]:
         "asks_for_diffusers": asks.group(1) if asks else None,
         "installed_diffusers": metadata.version("diffusers"),
         "default_class_pictures": int(number.group(1)) if number else 100,
-    }
-
-
-def run(job: Job, side: str, name: str, arguments: list[str], steps: int) -> dict[str, Any]:
-    """Run one side in a process of its own and return its record, with the command in it.
-
-    Args:
-        side: "peer" or "ours".
-        name: of the run's folder and record.
-        arguments: of the script or the command, without the number of steps and the output folder.
-        steps: optimizer steps; 0 stops where the first would begin.
-    """
-    output, record = job.work / "runs" / name, job.work / "records" / f"{name}.json"
-    shutil.rmtree(output, ignore_errors=True)
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.unlink(missing_ok=True)
-    names = ("--max_train_steps", "--output_dir") if side == "peer" else ("--max-train-steps", "--output-dir")
-    arguments = [*arguments, names[0], str(max(steps, 1)), names[1], str(output)]
-    command = [sys.executable, "-m", "benchmarks.training_peer", "--side", side, "--script", str(job.script)]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(job.threads),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
-    }
-    command += ["--record", str(record), "--steps", str(steps), "--spawned", repr(time.perf_counter())]
-    done = subprocess.run(
-        [*command, "--", *arguments], cwd=job.work, env=environment, capture_output=True, text=True
-    )
-    shutil.rmtree(output, ignore_errors=True)
-    if not record.exists():
-        (record.with_suffix(".log")).write_text(done.stdout + done.stderr, encoding="utf-8")
-        words = done.stderr.strip().splitlines() or ["no output"]
-        raise click.ClickException(f"{name} failed: {words[-1]} (all of it: {record.with_suffix('.log')})")
-    program = ["python", job.script.name] if side == "peer" else ["dbadapter"]
-    places = {str(job.folder): "BASE", str(job.work): "WORK"}
-    return json.loads(record.read_text(encoding="utf-8")) | {
-        "command": " ".join([*program, *(_without_places(word, places) for word in arguments)])
     }
 
 
@@ -239,65 +132,6 @@ def _our_default(job: Job) -> int:
     if done.returncode:
         raise click.ClickException((done.stderr.strip().splitlines() or ["dbadapter failed"])[-1])
     return int(tomllib.loads(done.stdout)["num_class_images"])
-
-
-def _without_places(word: str, places: Mapping[str, str]) -> str:
-    """Return a command's word with folders by their role, and quoted if it has spaces."""
-    for place, name in places.items():
-        word = word.replace(place, name)
-    return f'"{word}"' if " " in word else word
-
-
-def _pictures(work: Path, source: Path, count: int, resolution: int, batch: int) -> tuple[Path, Path]:
-    """Return a folder of the photographs alone, and one of class pictures: soft blots, of the right size.
-
-    Their script reads every file of a folder; what a picture shows changes neither time nor memory. It ends
-    each pass over the photographs with the batch that is left of them, where ours goes on with the next pass:
-    of 5 photographs by 4 every second step of theirs would be a step of one. So whole batches are taken.
-    """
-    from dbadapter.errors import DataError
-    from dbadapter.photographs import find_photographs
-
-    try:
-        photographs = [photograph.path for photograph in find_photographs(source)]
-    except DataError as error:
-        raise click.ClickException(str(error)) from None
-    instances, classes = work / "photographs", work / f"class-pictures-{resolution}-{count}"
-    for folder in (instances, classes):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    if len(photographs) < batch:
-        raise click.UsageError(
-            f"{source} has {len(photographs)} photographs, fewer than --train-batch-size {batch}: pass a "
-            "smaller one"
-        )
-    for photograph in photographs[: len(photographs) // batch * batch]:
-        shutil.copyfile(photograph, instances / photograph.name)
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        blots = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-        square = blots.resize((resolution, resolution), Image.Resampling.BICUBIC)
-        square.save(classes / f"{number:03d}.jpg", quality=95)
-    return instances, classes
-
-
-def _base(name: str, work: Path) -> Path:
-    """Return a base's folder, every file of it read once, so that no side waits for the disk."""
-    if name == "toybox":
-        folder = toybox.folder()
-    else:
-        from benchmarks.true_size import write_base
-
-        folder = work / "sd15-random"
-        if not (folder / "model_index.json").exists():
-            click.echo("writing a base of SD1.5's size with random weights (4 GB), once", err=True)
-        write_base(folder, "sd1")
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                while file.read(2**24):
-                    pass
-    return folder
 
 
 @click.command()
@@ -368,9 +202,9 @@ def main(
     for name in base_names or BASES:
         side = 64 if name == "toybox" else resolution or (512 if on_gpu else 256)
         count = class_pictures or (4 if name == "toybox" else 1)
-        folder = _base(name, work)
+        folder = base_folder(name, work)
         size = batch or BATCHES[name]
-        instances, classes = _pictures(work, instance_data_dir or example.folder, count, side, size)
+        instances, classes = pictures(work, instance_data_dir or example.folder, count, side, size)
         job = Job(
             base=name,
             folder=folder,

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-__all__ = ["Clock", "install_stand_in", "stand_in"]
+__all__ = ["Clock", "import_libraries", "install_stand_in", "note_trained", "run_ours", "stand_in"]
 
 MB = 2**20
 
@@ -77,8 +77,13 @@ class Clock:
         if len(self.ends) == self.steps:
             self.finish()
 
-    def finish(self) -> NoReturn:
+    def finish(self) -> None:
         """Write what was measured and end the process at once, before anything is saved or drawn."""
+        self.take()
+        self.leave()
+
+    def take(self) -> None:
+        """Note what was measured up to now."""
         import torch
 
         on_gpu = torch.cuda.is_available()
@@ -90,7 +95,14 @@ class Clock:
             "peak_memory_mb": _peak_mb(),
             "memory_of": "gpu" if on_gpu else "process",
         }
+
+    def save(self) -> None:
+        """Write the file."""
         self.record.write_text(json.dumps(self.about, indent=2) + "\n", encoding="utf-8")
+
+    def leave(self) -> NoReturn:
+        """Write the file and end the process at once."""
+        self.save()
         sys.stdout.flush()
         os._exit(0)
 
@@ -295,7 +307,7 @@ def install_stand_in() -> bool:
 # --- the two sides
 
 
-def _describe_trained(clock: Clock) -> None:
+def note_trained(clock: Clock) -> None:
     """Note what the optimizer holds, when it steps for the first time; the hook is called on both sides."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -365,7 +377,7 @@ def main() -> None:
     clock = Clock(given.record, given.spawned, given.steps)
     import_libraries()
     clock.imported()
-    _describe_trained(clock)
+    note_trained(clock)
     try:
         if given.side == "peer":
             run_peer(clock, given.script, given.arguments)

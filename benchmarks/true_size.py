@@ -66,7 +66,14 @@ def build(
     return nn.Module.to(model, dtype).eval()
 
 
-def write_base(folder: Path, family: str, dtype: torch.dtype = torch.float32, *, seed: int = 0) -> Path:
+def write_base(
+    folder: Path,
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+) -> Path:
     """Write a diffusers folder of a family's true size with random weights, unless it is there already.
 
     Takes the memory of its largest part: 3.4 GB for sd1 and sd2, 10 GB for sdxl; half that in bfloat16.
@@ -76,6 +83,7 @@ def write_base(folder: Path, family: str, dtype: torch.dtype = torch.float32, *,
         family: "sd1", "sd2" or "sdxl".
         dtype: of every weight.
         seed: of the weights.
+        device: where they are drawn; a GPU does it in seconds, and draws others.
     Returns:
         The folder.
     Raises:
@@ -98,7 +106,7 @@ def write_base(folder: Path, family: str, dtype: torch.dtype = torch.float32, *,
         elif part == "scheduler":
             shutil.copytree(CONFIGS / family / part, folder / part)
         else:
-            build(family, part, dtype=dtype, seed=seed).save_pretrained(folder / part)
+            build(family, part, dtype=dtype, seed=seed, device=device).save_pretrained(folder / part)
     # Last: a folder with it is whole.
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     return folder

@@ -291,7 +291,7 @@ def test_our_arguments_are_options_of_the_command(tmp_path: Path) -> None:
 def test_pictures_are_alone_in_their_folders(tmp_path: Path) -> None:
     from dbadapter import toybox
 
-    instances, classes = training._pictures(tmp_path, toybox.example_subject().folder, 2, 64, batch=2)
+    instances, classes = training.pictures(tmp_path, toybox.example_subject().folder, 2, 64, batch=2)
     # The script opens every file of a folder as a picture; the example's folder has a JSON file too.
     assert {path.suffix for path in instances.iterdir()} == {".png"}
     assert [Image.open(path).size for path in classes.iterdir()] == [(64, 64)] * 2
@@ -302,9 +302,9 @@ def test_the_script_gets_whole_batches(tmp_path: Path) -> None:
     from dbadapter import toybox
 
     example = toybox.example_subject().folder  # five pictures
-    assert len(list(training._pictures(tmp_path, example, 1, 64, batch=4)[0].iterdir())) == 4
+    assert len(list(training.pictures(tmp_path, example, 1, 64, batch=4)[0].iterdir())) == 4
     with pytest.raises(UsageError, match="has 5 photographs, fewer than --train-batch-size 6"):
-        training._pictures(tmp_path, example, 1, 64, batch=6)
+        training.pictures(tmp_path, example, 1, 64, batch=6)
 
 
 # --- refusals
@@ -340,7 +340,7 @@ def test_the_right_script_is_told_by_its_words(tmp_path: Path) -> None:
 
 def test_a_folder_without_photographs_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ClickException, match="no photographs in"):
-        training._pictures(tmp_path / "work", tmp_path, 1, 64, batch=1)
+        training.pictures(tmp_path / "work", tmp_path, 1, 64, batch=1)
 
 
 # --- true sizes

@@ -1,0 +1,279 @@
+"""Everything that wants a GPU, in one command of under ten minutes.
+
+`python -m benchmarks.gpu --json OUT [--parts a,b] [--budget-seconds N] [--peer-script FILE] [--quick]`
+measures the device's limits, a smoke test, training (an adapter beside full fine-tuning, precision, compiled,
+diffusers' script) and one UNet call by torch and ONNX Runtime, each beside those limits. Called again with
+the same OUT it goes on. Without a GPU all of it is tiny: it checks the machinery and measures nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from benchmarks import report
+from benchmarks.gpu_parts import PARTS
+from benchmarks.training import check_script
+from benchmarks.training_runs import ROOT
+
+__all__ = ["go_on", "measure", "run_part", "shares", "state_of"]
+
+# With fewer seconds left a part is not begun: its process, and the first of its cells.
+LEAST_SECONDS = {
+    "limits": 40,
+    "smoke": 60,
+    "train-sd15": 75,
+    "infer-sd15": 60,
+    "train-sdxl": 180,
+    "infer-sdxl": 120,
+}
+TINY_SECONDS = 10
+START_SECONDS = 15.0  # that a part's process takes before its first cell, and after its last
+
+Record = dict[str, Any]
+RunPart = Callable[[str, Mapping[str, Any], float], Record]
+
+
+def run_part(name: str, settings: Mapping[str, Any], seconds: float) -> Record:
+    """Run one part in a process of its own for so many seconds at most, and return its record.
+
+    A cell in which the process died is told as failed, and the part goes on after it.
+
+    Args:
+        name: of `gpu_parts.PARTS`.
+        settings: of `gpu_parts.Settings`, with `done`: cells by name.
+        seconds: after which it and all that it started is ended.
+    Returns:
+        `cells`, `left` (names of cells that are not done), `reason` (why, where the process was ended).
+    """
+    work, until = Path(settings["work"]), time.monotonic() + seconds
+    work.mkdir(parents=True, exist_ok=True)
+    record, log = work / f"gpu-{name}.json", work / f"gpu-{name}.log"
+    done = dict(settings["done"])
+    while True:
+        record.unlink(missing_ok=True)
+        remaining = until - time.monotonic()
+        told = {**settings, "done": done, "seconds": max(0.0, remaining - START_SECONDS)}
+        if settings["tiny"]:
+            told["seconds"] = remaining
+        code, reason = _ended(name, told, record, log, remaining)
+        found = _record(record, done)
+        if code == 0:
+            return {"cells": found["cells"], "left": found["left"], "reason": None}
+        if code is None or found["running"] is None:  # out of time, or not in a cell: no second try
+            left = [*found["left"], *([found["running"]] if found["running"] else [])]
+            return {"cells": found["cells"], "left": left, "reason": reason}
+        done = found["cells"] | {found["running"]: {"failed": reason}}
+
+
+def _ended(
+    name: str, told: Mapping[str, Any], record: Path, log: Path, seconds: float
+) -> tuple[int | None, str]:
+    """Run a part's process to its end, or end it with all that it started; return its code and a reason."""
+    words = ["--part", name, "--settings", json.dumps(told), "--record", str(record)]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(told["threads"]),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+    }
+    with log.open("w", encoding="utf-8") as said:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.gpu_parts", *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=said,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(timeout=max(seconds, 0.1))
+        except subprocess.TimeoutExpired:
+            _end_group(process)
+            return None, f"ended after {seconds:.0f} s: the budget was used up"
+        except BaseException:  # an interrupt: what was started must not go on alone
+            _end_group(process)
+            raise
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return code, f"the process ended with {code}: {lines[-1].strip() if lines else 'no word'}"
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    if hasattr(os, "killpg"):
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
+    process.wait()
+
+
+def _record(path: Path, done: Mapping[str, Any]) -> Record:
+    nothing = {"cells": dict(done), "left": [], "running": None}
+    found: Record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else nothing
+    return found
+
+
+def state_of(record: Mapping[str, Any]) -> str:
+    """Return what became of a part: done, partial (cells are left), failed (no cell went well)."""
+    if record["left"]:
+        return "partial"
+    if record["reason"]:
+        return "failed"
+    cells = record["cells"].values()
+    return "failed" if cells and all("failed" in cell for cell in cells) else "done"
+
+
+def measure(
+    out: Record,
+    parts: Sequence[str],
+    settings: Mapping[str, Any],
+    budget: float,
+    keep: Callable[[Record], None],
+    run: RunPart = run_part,
+    clock: Callable[[], float] = time.monotonic,
+) -> Record:
+    """Run the parts that are not done, while the budget lasts; after each the whole is kept.
+
+    Args:
+        out: of this or an earlier call; filled.
+        parts: names, in order.
+        settings: of every part, without `done`.
+        budget: seconds for all parts.
+        keep: called with the whole after every part.
+        run: runs one part.
+        clock: in seconds.
+    Returns:
+        `out`, with `left`: the names of parts that are to be done yet.
+    """
+    began = clock()
+    out.setdefault("parts", {})
+    for name in parts:
+        earlier = out["parts"].get(name, {})
+        if earlier.get("state") == "done":
+            continue
+        remaining = budget - (clock() - began)
+        least = TINY_SECONDS if settings["tiny"] else LEAST_SECONDS[name]
+        if remaining < least:
+            click.echo(f"{name}: left, {remaining:.0f} s are too few", err=True)
+            continue
+        click.echo(f"{name}: begins, {remaining:.0f} s are left", err=True)
+        done = {cell: about for cell, about in earlier.get("cells", {}).items() if "failed" not in about}
+        at = clock()
+        try:
+            record = run(name, {**settings, "done": done}, remaining)
+        except Exception as error:  # the other parts may go well
+            record = {"cells": done, "left": [], "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+        state = state_of(record)
+        seconds = round(earlier.get("seconds", 0.0) + clock() - at, 1)
+        out["parts"][name] = {"state": state, "seconds": seconds, **record}
+        out["left"] = [each for each in parts if out["parts"].get(each, {}).get("state") != "done"]
+        shares(out["parts"])
+        keep(out)
+        click.echo(f"{name}: {state}{', ' + record['reason'] if record['reason'] else ''}", err=True)
+    out["left"] = [each for each in parts if out["parts"].get(each, {}).get("state") != "done"]
+    return out
+
+
+def shares(parts: Mapping[str, Any]) -> None:
+    """Put beside each rate its share of the measured matrix product's in the same precision, in place."""
+    limits = parts.get("limits", {}).get("cells", {}).get("products", {}).get("tera_flops", {})
+    for part in parts.values():
+        for cell in part["cells"].values():
+            if isinstance(cell.get("tera_flops"), float) and cell.get("precision") in limits:
+                share = cell["tera_flops"] / limits[cell["precision"]]
+                cell["share_of_the_matrix_rate"] = float(f"{share:.3g}")
+
+
+def go_on(path: Path | None, tiny: bool, machine: Mapping[str, Any]) -> Record:
+    """Return what an earlier call left, or nothing.
+
+    Raises:
+        UsageError: the file is of another benchmark, another device, or of the other size.
+    """
+    if path is None or not path.exists():
+        return {}
+    cure = "name another file, or move this one away"
+    try:
+        found: Record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise click.UsageError(f"--json {path} is no JSON; {cure}") from None
+    if found.get("benchmark") != "gpu" or "parts" not in found:
+        raise click.UsageError(f"--json {path} is not of this benchmark; {cure}")
+    there, here = found["machine"].get("accelerator"), machine["accelerator"]
+    if there != here:
+        raise click.UsageError(
+            f"--json {path} was measured on {there or 'a CPU'}, this is {here or 'a CPU'}; {cure}"
+        )
+    if found["tiny"] != tiny:
+        raise click.UsageError(f"--json {path} is {'' if found['tiny'] else 'not '}of a --quick run; {cure}")
+    return {"parts": found["parts"]}
+
+
+@click.command()
+@click.option("--parts", default=",".join(PARTS), show_default=True, help="Which, in this order.")
+@click.option(
+    "--budget-seconds", "budget", default=540.0, show_default=True, type=click.FloatRange(0), help="Of all."
+)
+@click.option(
+    "--peer-script",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="diffusers' train_dreambooth_lora.py, to measure it too.",
+)
+@click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Where the figures go; gone on with."
+)
+@click.option(
+    "--work-dir",
+    type=click.Path(path_type=Path),
+    default=ROOT / "benchmarks/.cache/gpu",
+    help="Keeps bases and exports (sd15 8 GB, sdxl 17).  [default: benchmarks/.cache]",
+)
+@click.option(
+    "--quick", is_flag=True, help="Tiny bases, on a GPU too: checks the machinery, measures nothing."
+)
+def main(
+    parts: str,
+    budget: float,
+    peer_script: Path | None,
+    threads: int | None,
+    json_path: Path | None,
+    work_dir: Path,
+    quick: bool,
+) -> None:
+    """Measure what a GPU makes of training and inference and print JSON."""
+    chosen = [name for name in parts.split(",") if name]
+    if unknown := [name for name in chosen if name not in PARTS]:
+        raise click.UsageError(f"unknown parts {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    if peer_script is not None:
+        check_script(peer_script)
+    tiny, machine = quick or not torch.cuda.is_available(), report.machine()
+    if tiny and not quick:
+        click.echo("no GPU here: tiny bases on the CPU, which measures nothing", err=True)
+    out = {"benchmark": "gpu", "quick": tiny, "tiny": tiny, **go_on(json_path, tiny, machine)}
+    settings = {
+        "work": str(work_dir.resolve()),
+        "tiny": tiny,
+        "threads": threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+        "script": None if peer_script is None else str(peer_script.resolve()),
+    }
+
+    def keep(found: Record) -> None:
+        if json_path is not None:
+            report.save({**found, "command": report.command(), "machine": machine}, json_path)
+
+    measure(out, chosen, settings, budget, keep)
+    report.write(out, json_path)
+
+
+if __name__ == "__main__":
+    main()

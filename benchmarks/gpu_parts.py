@@ -1,0 +1,140 @@
+"""One part of `benchmarks.gpu`, in a process of its own: the device's limits, a smoke test, the rest."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu_cells import Cell, Settings, do_cells, one_line, seconds_of
+from benchmarks.gpu_inference import infer
+from benchmarks.gpu_training import train
+
+__all__ = ["PARTS"]
+
+MB = 2**20
+
+
+# --- limits
+
+
+def limits(settings: Settings) -> Iterator[Cell]:
+    """Yield the device's own limits: products of large square matrices, and copies in its memory."""
+    yield Cell("products", 5 if settings.tiny else 15, lambda: products(settings))
+    yield Cell("copies", 5 if settings.tiny else 10, lambda: copies(settings))
+
+
+def products(settings: Settings) -> dict[str, Any]:
+    """Return the best rate of a matrix product in each precision, in units of 1e12 operations a second."""
+    device = "cuda" if settings.on_gpu else "cpu"
+    side = 512 if settings.tiny else 8192 if settings.on_gpu else 2048
+    kinds: dict[str, tuple[torch.dtype, str]] = {"fp32": (torch.float32, "highest")}
+    if settings.on_gpu:
+        kinds["tf32"] = (torch.float32, "high")
+    kinds |= {"bf16": (torch.bfloat16, "highest"), "fp16": (torch.float16, "highest")}
+    rates, left_out = {}, {}
+    before = torch.get_float32_matmul_precision()
+    for name, (dtype, precision) in kinds.items():
+        try:
+            torch.set_float32_matmul_precision(precision)
+            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+            best = min(seconds_of(lambda a=a, b=b: a @ b, 3 if settings.tiny else 20))
+            rates[name] = float(f"{2 * side**3 / best / 1e12:.4g}")
+        except RuntimeError as error:
+            left_out[name] = one_line(error)
+        finally:
+            torch.set_float32_matmul_precision(before)
+    return {"device": device, "side": side, "tera_flops": rates, "left_out": left_out}
+
+
+def copies(settings: Settings) -> dict[str, Any]:
+    """Return the best rate of a copy in the device's memory, read and written, in 1e9 bytes a second."""
+    device = "cuda" if settings.on_gpu else "cpu"
+    size = 16 * MB if settings.tiny else 2048 * MB if settings.on_gpu else 256 * MB
+    source = torch.ones(size // 4, device=device)
+    target = torch.empty_like(source)
+    best = min(seconds_of(lambda: target.copy_(source), 3 if settings.tiny else 20))
+    found = {"device": device, "bytes": size, "giga_bytes": float(f"{2 * size / best / 1e9:.4g}")}
+    if settings.on_gpu:
+        pinned = torch.empty(size // 4, pin_memory=True)
+        best = min(seconds_of(lambda: source.copy_(pinned, non_blocking=True), 5))
+        found["giga_bytes_from_the_host"] = float(f"{size / best / 1e9:.4g}")
+    return found
+
+
+# --- smoke
+
+
+def smoke(settings: Settings) -> Iterator[Cell]:
+    """Yield the job on the embedded base by the commands themselves."""
+    yield Cell("train_and_generate", 10 if settings.tiny else 45, lambda: whole_job(settings))
+
+
+def whole_job(settings: Settings) -> dict[str, Any]:
+    """Train on toybox, read the file back, draw a picture; return the seconds of each command.
+
+    Raises:
+        RuntimeError: a command failed; its last line.
+    """
+    from dbadapter import toybox
+
+    example, out = toybox.example_subject(), settings.work / "smoke"
+    trained = ["train", "--instance-data-dir", str(example.folder), "--class-noun", example.class_noun]
+    trained += ["--output-dir", str(out / "adapter"), "--overwrite", "--identifier", "sks"]
+    trained += ["--max-train-steps", "2" if settings.tiny else "40", "--prior-source", "instance"]
+    file = out / "adapter/adapter.safetensors"
+    drawn = ["generate", "--adapter", str(file), "--prompt", f"a photo of sks {example.class_noun}"]
+    drawn += ["--num-inference-steps", "2" if settings.tiny else "25", "--overwrite"]
+    found: dict[str, Any] = {}
+    for name, words in (
+        ("train", trained),
+        ("inspect", ["inspect", str(file)]),
+        ("generate", [*drawn, "--output-dir", str(out / "pictures")]),
+    ):
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "dbadapter", *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"dbadapter {name}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+        found[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
+    lines = (out / "adapter/metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found["last_instance_loss"] = json.loads(lines[-1])["instance_loss"]
+    return found | {"steps": len(lines), "bytes": file.stat().st_size}
+
+
+#: Name -> what yields its cells; in order of worth.
+PARTS: dict[str, Callable[[Settings], Iterator[Cell]]] = {
+    "limits": limits,
+    "smoke": smoke,
+    "train-sd15": lambda settings: train("sd15", settings),
+    "infer-sd15": lambda settings: infer("sd15", settings),
+    "train-sdxl": lambda settings: train("sdxl", settings),
+    "infer-sdxl": lambda settings: infer("sdxl", settings),
+}
+
+
+def main() -> None:
+    """Do one part and leave its record in a file."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", choices=list(PARTS), required=True)
+    parser.add_argument("--settings", required=True, help="JSON: work, tiny, seconds, threads, script, done")
+    parser.add_argument("--record", type=Path, required=True, help="the JSON file")
+    given = parser.parse_args()
+    told = json.loads(given.settings)
+    script = Path(told["script"]) if told["script"] else None
+    settings = Settings(
+        Path(told["work"]), told["tiny"], told["seconds"], told["threads"], script, frozenset(told["done"])
+    )
+    settings.work.mkdir(parents=True, exist_ok=True)
+    do_cells(PARTS[given.part](settings), told["done"], settings.seconds, given.record)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The training parts of `benchmarks.gpu`: an adapter and full fine-tuning by precision, and their script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu_cells import SIZES, TINY, Cell, Settings, base_of, free_memory, rate, timed_base
+from benchmarks.training_runs import RANK, Job, pictures, run
+
+__all__ = ["train"]
+
+WARMUP = 5
+# Cell -> what it trains with: options, precision.
+TRAINED: dict[str, tuple[list[str], str]] = {
+    "adapter_bf16": ([], "bf16"),
+    "full_bf16": (["--full"], "bf16"),
+    "adapter_bf16_compile": (["--compile"], "bf16"),
+    "adapter_fp16": ([], "fp16"),
+    "adapter_fp32": ([], "no"),
+    "full_fp32": (["--full"], "no"),
+    "full_bf16_checkpointing": (["--full", "--gradient-checkpointing"], "bf16"),
+}
+PLANS = {
+    "sd15": tuple(name for name in TRAINED if name != "full_bf16_checkpointing"),
+    "sdxl": ("adapter_bf16", "full_bf16", "full_bf16_checkpointing", "adapter_bf16_compile"),
+    "tiny": ("adapter_fp32", "full_fp32"),
+}
+
+
+def train(name: str, settings: Settings) -> Iterator[Cell]:
+    """Yield training runs on one base, each in a process of its own, then diffusers' script."""
+    pixels, _, steps, _ = TINY if settings.tiny else SIZES[name]
+    large = name == "sdxl"
+    yield Cell("base", 5 if settings.tiny else 90 if large else 30, lambda: timed_base(name, settings))
+    for cell in PLANS["tiny" if settings.tiny else name]:
+        needed = 5.0 if settings.tiny else (75 if large else 30) + 60.0 * cell.endswith("compile")
+        yield Cell(cell, needed, lambda cell=cell: trained(cell, name, pixels, steps, settings))
+    if settings.script is not None and not large:
+        for side in ("peer", "ours"):
+            yield Cell(
+                f"{side}_on_the_scripts_job_bf16",
+                10 if settings.tiny else 40,
+                lambda side=side: on_their_job(side, name, pixels, steps, settings),
+            )
+
+
+def job_on(name: str, pixels: int, settings: Settings) -> Job:
+    """Return the job of one base's runs."""
+    from dbadapter import toybox
+
+    example, folder = toybox.example_subject(), base_of(name, settings)
+    instances, classes = pictures(settings.work, example.folder, 1, pixels, 1)
+    return Job(
+        base=name,
+        folder=folder,
+        ours=str(folder),
+        instances=instances,
+        classes=classes,
+        pictures=1,
+        noun=example.class_noun,
+        resolution=pixels,
+        batch=1,
+        work=settings.work,
+        threads=settings.threads,
+        script=settings.script or Path(),
+    )
+
+
+def trained(cell: str, name: str, pixels: int, steps: int, settings: Settings) -> dict[str, Any]:
+    """Run one training and return its figures with the operations of a step."""
+    from benchmarks.cost import side_arguments
+    from benchmarks.flops import step_flops
+    from benchmarks.training_figures import figures
+
+    options, precision = TRAINED[cell]
+    with_text = name != "sdxl"
+    words = ["--prior", "distill", "--prior-source", "instance", "--mixed-precision", precision, *options]
+    words.append("--train-text-encoder" if with_text else "--no-train-text-encoder")
+    job = job_on(name, pixels, settings)
+    warmup = 1 if settings.tiny else WARMUP
+    free_memory()  # this process's own share of the device
+    record = run(job, "ours", f"gpu-{name}-{cell}", side_arguments(job, words), warmup + steps)
+    found = figures([record], warmup)
+    count = step_flops(
+        job.folder,
+        pixels,
+        job.batch,
+        full="--full" in options,
+        rank=RANK,
+        text_encoder=with_text,
+        distill=True,
+    )
+    return found | rate(count, found["step_seconds"], float32_name(settings, precision))
+
+
+def on_their_job(side: str, name: str, pixels: int, steps: int, settings: Settings) -> dict[str, Any]:
+    """Run one side of `benchmarks.training`'s like for like in bfloat16 and return its figures."""
+    from benchmarks.training import check_script, like_for_like
+    from benchmarks.training_figures import figures
+
+    about = check_script(settings.script or Path())
+    job = job_on(name, pixels, settings)
+    theirs, ours = like_for_like(job, "bf16")
+    arguments = job.peer_arguments(theirs) if side == "peer" else job.our_arguments(ours)
+    warmup = 1 if settings.tiny else WARMUP
+    record = run(job, side, f"gpu-{name}-{side}", arguments, warmup + steps)
+    return figures([record], warmup) | {"script": about}
+
+
+def float32_name(settings: Settings, precision: str) -> str:
+    """Return a precision by its limit's name: what trains in float32 on a GPU multiplies in TF32."""
+    if precision != "no":
+        return precision
+    return "tf32" if settings.on_gpu else "fp32"
