@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from dbadapter.base import Base
@@ -29,6 +28,7 @@ from dbadapter.config import TrainConfig
 from dbadapter.errors import ConfigError, OutputError, TrainingError
 from dbadapter.optimizers import load_state, state_tensors
 from dbadapter.photographs import Photograph, find_photographs
+from dbadapter.safetensors_file import serialise
 
 __all__ = [
     "Best",
@@ -142,10 +142,19 @@ def capture(
     scaler: Any,
     identity: Mapping[str, Any],
     best: Best | None = None,
+    *,
+    copies: bool = True,
 ) -> Snapshot:
-    """Return copies of everything that training changes."""
-    tensors = {f"parameter.{index}": _copy(parameter) for index, parameter in enumerate(parameters)}
-    tensors |= state_tensors(optimizer, parameters)
+    """Return everything that training changes.
+
+    Args:
+        copies: False gives the tensors themselves, which the next step changes: to be written at once.
+    """
+    tensors = {
+        f"parameter.{index}": _copy(parameter) if copies else parameter.detach()
+        for index, parameter in enumerate(parameters)
+    }
+    tensors |= state_tensors(optimizer, parameters, copies=copies)
     tensors[_TORCH_RANDOM] = torch.get_rng_state()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         tensors[_CUDA_RANDOM] = torch.cuda.get_rng_state()
@@ -175,8 +184,7 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            # Not save_file: it makes the file readable for its owner only.
-            file.write(save(dict(snapshot.tensors), metadata))
+            file.writelines(serialise(snapshot.tensors, metadata))
             file.flush()
             os.fsync(file.fileno())  # a rename may outlive a power cut that the content does not
         partial.replace(path)

@@ -97,11 +97,14 @@ def make_optimizer(
     return _prodigy(used, prodigy_d0)
 
 
-def state_tensors(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> dict[str, Tensor]:
-    """Return copies of all that the optimizer has learned, on the CPU; empty before the first step.
+def state_tensors(
+    optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], *, copies: bool = True
+) -> dict[str, Tensor]:
+    """Return all that the optimizer has learned, copied to the CPU; empty before the first step.
 
     Args:
         parameters: whose state; entry N is the state of `parameters[N]`.
+        copies: False gives the optimizer's own tensors, which the next step changes.
     Returns:
         NAME.N of parameter N ("exp_avg.0", "exp_avg_sq.0", "step.0", ...) and group.NAME.N of group N
         ("group.d.0"). Python's own numbers are float64 or int64 of shape (), which no tensor of a state is.
@@ -109,7 +112,8 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Para
     tensors: dict[str, Tensor] = {}
     for index, parameter in enumerate(parameters):
         for name, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{name}.{index}"] = _packed(value)
+            ours = isinstance(value, Tensor) and not copies
+            tensors[f"{name}.{index}"] = value.detach() if ours else _packed(value)
     if tensors:
         for index, group in enumerate(optimizer.param_groups):
             for name in _GROUP_STATE:

@@ -28,6 +28,7 @@ __all__ = [
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_WRITTEN = NAMES | {torch.uint8: "U8", torch.int64: "I64", torch.int32: "I32", torch.bool: "BOOL"}
 Chunks = Sequence[bytes | memoryview]
 """Bytes of a file in pieces, so that large ones are not copied together."""
 
@@ -70,19 +71,20 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Chu
     """Return a file's bytes: the header, then each tensor's; in one order always.
 
     safetensors' own writer keeps the metadata in a hash map, so that its bytes differ from run to run.
-    Larger dtypes come first, as there, so that every tensor is aligned.
+    Larger dtypes come first, as there, so that every tensor is aligned. Contiguous tensors on the CPU are not
+    copied: the bytes are theirs.
 
     Args:
-        tensors: contiguous, on the CPU, of a floating dtype.
+        tensors: of a floating dtype, uint8, int32, int64 or bool.
         metadata: str -> str.
     """
     entries: dict[str, Entry] = {}
     blobs: list[bytes | memoryview] = []
     offset = 0
     for name in sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)):
-        tensor = tensors[name]
+        tensor = tensors[name].detach().to("cpu").contiguous()
         blob = tensor.reshape(-1).view(torch.uint8).numpy().data
-        entries[name] = Entry(NAMES[tensor.dtype], tuple(tensor.shape), offset, offset + len(blob))
+        entries[name] = Entry(_WRITTEN[tensor.dtype], tuple(tensor.shape), offset, offset + len(blob))
         blobs.append(blob)
         offset += len(blob)
     return [header_bytes(entries, metadata), *blobs]

@@ -229,7 +229,7 @@ def _loop(
             run.step += 1
             saving = due(config.checkpointing_steps)
             if due(LOG_EVERY) or saving:
-                lines = _looked_at(run, pending, good)
+                lines = _looked_at(run, pending, good.step if good is not None else _newest_step(folder))
                 pending = []
                 if saving:
                     lines[-1]["validation_loss"] = value = run.processes.mean(validation_loss(run))
@@ -239,10 +239,10 @@ def _loop(
                         value = 1 - scores.get("score", -math.inf)
                     if math.isfinite(value) and (best is None or value < best.loss):
                         best = Best(run.step, value)
-                # A copy of a whole model's state every few steps would cost more than the steps.
                 if run.processes.is_main and (saving or not config.full):
                     state = (run.parameters, run.optimizer, run.scaler, found.identity, best)
-                    good = checkpoint.capture(run.step, *state)
+                    # A whole model's state is not copied but written as it is, below.
+                    good = checkpoint.capture(run.step, *state, copies=not config.full)
                 if run.processes.is_main:
                     folder.append_metrics(lines)
                     for line in lines:
@@ -250,6 +250,7 @@ def _loop(
                 on_log(lines[-1] | {"memory_mb": peak_memory_mb(run.base.device)})
             if saving and good is not None and run.processes.is_main:
                 checkpoint.write(folder.checkpoints, good)
+                good = None if config.full else good
             if due(config.validation_steps) and run.step < total and run.processes.is_main:
                 _preview(run, folder, logger)
             report("train", run.step, total)
@@ -275,6 +276,10 @@ def _saved_step(run: Run, folder: RunFolder, good: Snapshot | None) -> int | Non
     if good is not None and run.processes.is_main:
         with suppress(OutputError):  # what ended the run may be a full disk
             checkpoint.write(folder.checkpoints, good)
+    return _newest_step(folder)
+
+
+def _newest_step(folder: RunFolder) -> int | None:
     newest = checkpoint.newest(folder.checkpoints)
     return None if newest is None else int(newest.stem.partition("-")[2])
 
@@ -288,13 +293,13 @@ def _preview(run: Run, folder: RunFolder, logger: Logger) -> None:
 
 
 def _looked_at(
-    run: Run, pending: Sequence[tuple[Tensor, float]], good: Snapshot | None
+    run: Run, pending: Sequence[tuple[Tensor, float]], good: int | None
 ) -> list[dict[str, float | int | None]]:
     """Return the steps' lines of the metrics; stop at a loss that is not finite, or at endless overflow."""
     first = run.step - len(pending)
     rows = run.processes.average(torch.stack([values for values, _ in pending])).tolist()
     lines: list[dict[str, float | int | None]] = []
-    kept = "start again" if good is None else f"add --resume to go on from step {good.step}"
+    kept = "start again" if good is None else f"add --resume to go on from step {good}"
     # The scale began at 65,536 and halves at each overflow.
     if run.scaler.is_enabled() and run.scaler.get_scale() < 1:
         raise TrainingError(
