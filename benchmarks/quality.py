@@ -38,7 +38,7 @@ def run(bench: Bench, work: Work, *, quick: bool) -> dict[str, Any]:
     cost = train(folder, output, work.subject.noun, options)
     made = output / ("model" if METHODS[work.method].full else "subject.safetensors")
     scores, figures = bench.score(work.subject, made)
-    sheet(evaluator, before, {work.method: scores}, output.with_suffix(".png"))
+    sheet(evaluator, before, {work.method: scores}, output.with_name(f"{output.name}.png"))
     shutil.rmtree(output)  # a whole model a run fills a disk
     return {
         "key": work.key,

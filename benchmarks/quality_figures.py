@@ -27,6 +27,9 @@ FIGURES = (
     "class_kept",
     "diversity",
     "class_spread",
+    "class_fidelity",
+    "class_obedience",
+    "forgotten",
     "drift",
     "score",
     "nearest_photograph",
@@ -53,12 +56,18 @@ def best_rates(runs: Sequence[Run]) -> dict[str, float]:
     return {method: float(max(rates, key=lambda rate: rates[rate])) for method, rates in search(runs).items()}
 
 
+def forgotten(run: Run) -> float:
+    """Return how much of the class is lost: 1 - (class_kept * class_spread * class_obedience)^(1/3)."""
+    return 1 - float(run["class_kept"] * run["class_spread"] * run["class_obedience"]) ** (1 / 3)
+
+
 def table(runs: Sequence[Run], method: str, figure: str) -> Tensor:
     """Return a method's figure, shape (subjects, seeds): the seeds that every subject has."""
     rows: dict[str, dict[int, float]] = {}
     for run in runs:
         if run["stage"] == "compare" and run["method"] == method:
-            rows.setdefault(run["subject"], {})[run["seed"]] = float(run[figure])
+            value = forgotten(run) if figure == "forgotten" else run[figure]
+            rows.setdefault(run["subject"], {})[run["seed"]] = float(value)
     if not rows:
         return torch.zeros(0, 0)
     shared = sorted(set.intersection(*(set(row) for row in rows.values())))
@@ -169,13 +178,13 @@ def plot(runs: Sequence[Run], path: Path) -> None:
     figure = Figure(figsize=(9, 6.5), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     for name, row in found.items():
-        x, y = row["class_spread"], row["likeness"]
-        lost = 1 - x["value"]
+        x, y = row["forgotten"], row["likeness"]
+        lost = x["value"]
         color = "#c2410c" if METHODS[name].full else "#0f6cbd"
         axes.errorbar(
             lost,
             y["value"],
-            xerr=[[x["high"] - x["value"]], [x["value"] - x["low"]]],
+            xerr=[[x["value"] - x["low"]], [x["high"] - x["value"]]],
             yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]],
             fmt="s" if METHODS[name].full else "o",
             color=color,
@@ -183,7 +192,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
             alpha=0.85,
         )
         axes.annotate(name, (lost, y["value"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("forgotten: share of the class's diversity that was lost (less is better)")
+    axes.set_xlabel("forgotten: the class became the subject, uniform, or unlike itself (less is better)")
     axes.set_ylabel("likeness: way from the base to the photographs' own similarity (more is better)")
     axes.set_title("toybox: adapters (blue) and full fine-tuning (orange), means and 95 % intervals")
     axes.grid(alpha=0.3)

@@ -32,7 +32,7 @@ KINDS = {
     "overfitting": ("--lr-scheduler", "constant", "--max-train-steps", "600"),
     "default": (),
 }
-COMPARED = ("score", "likeness", "obedience", "class_kept", "class_spread", *FIGURES)
+COMPARED = ("score", "likeness", "obedience", "class_kept", "class_spread", "class_obedience", *FIGURES)
 
 
 def run(bench: Bench, kind: str, subject: Subject, *, quick: bool) -> dict[str, Any]:

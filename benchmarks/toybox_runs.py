@@ -32,6 +32,7 @@ FIGURES = (
     "prompt_fidelity",
     "noun_agreement",
     "context_agreement",
+    "class_fidelity",
     "prior_preservation",
     "diversity",
     "drift",

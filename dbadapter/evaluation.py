@@ -203,10 +203,16 @@ class Evaluator:
                 table = table[~table.isnan().any(1)]
                 if len(table):
                     tables[name] = table
-        figures: dict[str, Any] = {"prompt_fidelity": NOT_MEASURED, "drift": NOT_MEASURED}
+        figures: dict[str, Any] = dict.fromkeys(("prompt_fidelity", "class_fidelity", "drift"), NOT_MEASURED)
         figures |= {name: asdict(metrics.estimate(table)) for name, table in tables.items()}
         of_photographs = metrics.similarity(of_class, self.references).view(1, -1)
         figures["prior_preservation"] = asdict(metrics.estimate(of_photographs))
+        if self.prompt_judge is not None:
+            # Broken pictures are neither like the subject nor like each other: only this tells them.
+            asked = [self.prompts.class_prompt] * len(drawn["class"])
+            values = self.prompt_judge.score(drawn["class"], asked)["prompt_fidelity"]
+            if not values.isnan().any():
+                figures["class_fidelity"] = asdict(metrics.estimate(values.view(1, -1)))
         figures["diversity"] = asdict(metrics.pair_estimate(metrics.distances(of_class)))
         which, cosines = metrics.nearest(subject, self.references)
         figures["nearest_photograph"] = float(cosines.max())
@@ -260,12 +266,12 @@ class Evaluator:
 def overall(figures: Mapping[str, Any], before: Mapping[str, Any], ceiling: float) -> dict[str, float]:
     """Return one number between 0 and 1 to choose by, and its parts.
 
-        score = (likeness * obedience * class_kept * class_spread) ^ (1/4)
+        score = (likeness * obedience * class_kept * class_spread * class_obedience) ^ (1/5)
 
     likeness: the way from the base's subject fidelity to the ceiling; obedience: prompt fidelity beside the
     base's; class_kept: what is left of the way from the base's prior preservation to the ceiling;
-    class_spread: diversity beside the base's. All within 0 and 1; a figure that is not measured is left out
-    of the mean. Our own: no paper's.
+    class_spread: diversity beside the base's; class_obedience: class fidelity beside the base's. All within
+    0 and 1; a figure that is not measured is left out of the mean. Our own: no paper's.
 
     Args:
         figures: a candidate's, as `evaluate` gives them.
@@ -289,6 +295,8 @@ def overall(figures: Mapping[str, Any], before: Mapping[str, Any], ceiling: floa
     }
     if isinstance(figures["prompt_fidelity"], Mapping):
         parts["obedience"] = share("prompt_fidelity")
+    if isinstance(figures["class_fidelity"], Mapping):
+        parts["class_obedience"] = share("class_fidelity")
     return {"score": math.prod(parts.values()) ** (1 / len(parts)), **parts}
 
 
@@ -315,6 +323,7 @@ def evaluate(
     - prompt_fidelity: mean score of picture and prompt, the identifier left out of it; on toybox the share
       that shows what the prompt names, and noun_agreement and context_agreement apart.
     - prior_preservation: mean cosine of pictures of the class and the photographs; less is better.
+    - class_fidelity: prompt_fidelity of the pictures of the class: are they still pictures of it?
     - diversity: mean 1 - cosine over pairs of pictures of the class; more is better.
     - drift: mean 1 - cosine to the base's picture for the same unrelated prompt and seed.
     - nearest_photograph: the largest cosine of a picture and a photograph; near 1, it was memorised.

@@ -30,7 +30,7 @@ from dbadapter.preparation import Run
 
 __all__ = ["FIRST", "PARTS", "PATIENCE", "Selection", "check_selection", "curve", "exhausted", "scored_from"]
 
-PARTS = ("score", "likeness", "obedience", "class_kept", "class_spread")
+PARTS = ("score", "likeness", "obedience", "class_kept", "class_spread", "class_obedience")
 PATIENCE = 3  # scores without a better one, then the run ends
 FIRST = 0.3  # of the run's steps: nothing is worth choosing before
 _SEED = 7000  # far from those of `evaluate` and of the samples

@@ -104,7 +104,9 @@ def test_targets_by_hand() -> None:
     def rows(method: str, **figures: float) -> list[dict[str, Any]]:
         return [line(method, subject, 0, 0.5, **figures) for subject in "ab"]
 
-    runs = rows("adapter", class_kept=0.95, class_spread=0.9, bytes=10, peak_memory_mb=100)
+    runs = rows(
+        "adapter", class_kept=0.95, class_spread=0.9, class_obedience=1.0, bytes=10, peak_memory_mb=100
+    )
     runs += rows("full", bytes=600, peak_memory_mb=200)
     runs += rows("adapter-no-prior", class_kept=0.4, class_spread=0.85)
     found = summary(runs)["targets"]

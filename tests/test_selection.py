@@ -194,7 +194,8 @@ def test_few_prompts_that_fit_things_and_animals() -> None:
 def test_overall_by_hand() -> None:
     def figures(subject: float, prompt: float, prior: float, spread: float) -> dict[str, Any]:
         names = ("subject_fidelity", "prompt_fidelity", "prior_preservation", "diversity")
-        return {
+        told = {"class_fidelity": "not measured"}
+        return told | {
             name: {"value": value}
             for name, value in zip(names, (subject, prompt, prior, spread), strict=True)
         }
@@ -208,6 +209,10 @@ def test_overall_by_hand() -> None:
     assert found["score"] == pytest.approx((0.5 * 0.5 * 0.75 * 0.5) ** 0.25)
     perfect = overall(figures(1.0, 0.8, 0.2, 0.5), before, ceiling=1.0)
     assert perfect["score"] == pytest.approx(1)
+    broken = {"class_fidelity": {"value": 0.25}}
+    found = overall(figures(1.0, 0.8, 0.2, 0.5) | broken, before | {"class_fidelity": {"value": 1.0}}, 1.0)
+    assert found["class_obedience"] == pytest.approx(0.25)
+    assert found["score"] == pytest.approx(0.25**0.2)
     blind = figures(0.6, 0.4, 0.2, 0.5) | {"prompt_fidelity": "not measured"}
     assert "obedience" not in overall(blind, before, ceiling=1.0)
     # The base itself has gone no way; a memorising adapter whose class became the subject is worth nothing.

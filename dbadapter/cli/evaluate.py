@@ -27,6 +27,7 @@ _KINDS = ("object", "live")
 _COLUMNS = {
     "subject_fidelity": "subject",
     "prompt_fidelity": "prompt",
+    "class_fidelity": "class",
     "prior_preservation": "class is subject",
     "diversity": "class diversity",
     "drift": "drift",
