@@ -47,8 +47,8 @@ def test_merging(tmp_path: Path) -> None:
     assert all(tables[name]["toybox"]["ratios"]["seconds"] > 0 for name in ("exact", "rank", "bake"))
 
 
-@pytest.mark.slow  # judges are trained: minutes
+@pytest.mark.slow  # pictures of a whole base, a training run
 @pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="the benchmark draws its own pictures")
 @pytest.mark.parametrize("name", ["toybox", "subject"])
-def test_those_with_judges(name: str, tmp_path: Path) -> None:
+def test_those_on_toybox(name: str, tmp_path: Path) -> None:
     assert quick(name, tmp_path)["noun_agreement"] >= 0
