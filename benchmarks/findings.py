@@ -267,11 +267,15 @@ def _select(found: Any) -> str:
 
 @finding("quality")
 def _quality(found: Any) -> str:
-    return f"{found['runs']} runs of {len(found['methods'])} methods" + "".join(
-        f"; {name} scores {about['score']['value']:.3f}"
-        for name, about in found["methods"].items()
-        if name in ("adapter", "full", "adapter-no-prior") and "value" in about["score"]
-    )
+    def told(name: str) -> str:
+        about = found["methods"][name]
+        return (
+            f"{name} reaches {about['likeness']['value']:.2f} of the possible likeness and forgets "
+            f"{about['forgotten']['value']:.2f} of its class ({about['subjects']} x {about['seeds']} runs)"
+        )
+
+    main = [name for name in ("adapter", "full", "adapter-no-prior") if name in found["methods"]]
+    return "; ".join(told(name) for name in main) or f"{found['runs']} runs so far"
 
 
 def _bars(found: Any) -> str:

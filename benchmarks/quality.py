@@ -18,8 +18,9 @@ from typing import Any
 import click
 
 from benchmarks import report
-from benchmarks.quality_figures import best_rates, plot, summary
+from benchmarks.quality_figures import best_rates, summary
 from benchmarks.quality_plan import METHODS, SUBJECTS, Work, works
+from benchmarks.quality_plot import pareto
 from benchmarks.toybox_runs import Bench, append, read_runs, sheet, train
 from dbadapter.evaluation import Settings
 
@@ -106,10 +107,11 @@ def main(
             found = run(made, work, quick=quick)
             append(runs_path, found)
             click.echo(f"{work.key}: score {found['score']:.3f}, {found['seconds']:.0f} s", err=True)
-    runs = read_runs(runs_path)
-    if plot_path is not None:
-        plot(runs, plot_path)
-    report.write({"benchmark": "quality", "quick": quick, **summary(runs)}, json_path)
+    figures = summary(read_runs(runs_path))
+    if plot_path is not None and figures["methods"]:
+        plot_path.parent.mkdir(parents=True, exist_ok=True)
+        pareto(figures["methods"]).save(plot_path)
+    report.write({"benchmark": "quality", "quick": quick, **figures}, json_path)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from benchmarks.quality_plan import METHODS
 from dbadapter import metrics
 
-__all__ = ["best_rates", "plot", "search", "summary"]
+__all__ = ["best_rates", "forgotten", "search", "summary"]
 
 Run = Mapping[str, Any]
 DEFAULT = "adapter"
@@ -137,7 +136,7 @@ def _targets(methods: Mapping[str, Any]) -> dict[str, Any]:
     difference = full["minus_default"]["subject_fidelity"]
     kept = {
         part: (1 - ours[part]["value"], 1 - bare[part]["value"]) for part in ("class_kept", "class_spread")
-    }
+    } | {"all": (ours["forgotten"]["value"], bare["forgotten"]["value"])}
     return {
         "fidelity_at_least_full_minus_interval": {
             "full_minus_adapter": difference,
@@ -168,33 +167,3 @@ def _rounded(figure: metrics.Figure) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float | None:
     return round(sum(values) / len(values), 4) if values else None
-
-
-def plot(runs: Sequence[Run], path: Path) -> None:
-    """Draw likeness against what was forgotten, with intervals: up and left is better."""
-    from matplotlib.figure import Figure
-
-    found = summary(runs)["methods"]
-    figure = Figure(figsize=(9, 6.5), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
-    for name, row in found.items():
-        x, y = row["forgotten"], row["likeness"]
-        lost = x["value"]
-        color = "#c2410c" if METHODS[name].full else "#0f6cbd"
-        axes.errorbar(
-            lost,
-            y["value"],
-            xerr=[[x["value"] - x["low"]], [x["high"] - x["value"]]],
-            yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]],
-            fmt="s" if METHODS[name].full else "o",
-            color=color,
-            elinewidth=0.7,
-            alpha=0.85,
-        )
-        axes.annotate(name, (lost, y["value"]), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.set_xlabel("forgotten: the class became the subject, uniform, or unlike itself (less is better)")
-    axes.set_ylabel("likeness: way from the base to the photographs' own similarity (more is better)")
-    axes.set_title("toybox: adapters (blue) and full fine-tuning (orange), means and 95 % intervals")
-    axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

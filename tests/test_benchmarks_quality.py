@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from benchmarks import quality, select
 from benchmarks.quality_figures import FIGURES, best_rates, search, summary, table
 from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SEEDS, SUBJECTS, works
+from benchmarks.quality_plot import SIZE, pareto
 from benchmarks.toybox_runs import append, read_runs
 from dbadapter.config import TrainConfig
 from dbadapter.toybox.subjects import SUBJECTS as TUNED_ON
@@ -37,7 +38,7 @@ def line(
         "quick": False,
         "ceiling": 0.9,
         "before": dict.fromkeys(names, 0.1),
-        **dict.fromkeys(FIGURES, value),
+        **dict.fromkeys((name for name in FIGURES if name != "forgotten"), value),
         **more,
     }
 
@@ -98,6 +99,9 @@ def test_figures_are_means_over_subjects_and_seeds_that_all_have() -> None:
     assert found["methods"]["full"]["minus_default"]["score"]["value"] == 2.0
     assert found["before"]["ceiling"] == 0.9
     assert set(found["methods"]) == {"adapter", "full", "adapter-no-prior"}
+    assert pareto(found["methods"]).size == SIZE
+    with pytest.raises(ValueError, match="nothing to draw"):
+        pareto({})
 
 
 def test_targets_by_hand() -> None:
@@ -115,6 +119,8 @@ def test_targets_by_hand() -> None:
     assert found["fidelity_at_least_full_minus_interval"]["met"]
     kept = found["forgetting_at_most_half_of_no_prior"]
     assert kept["class_kept"] == {"with": 0.05, "without": 0.6, "met": True}
+    lost = round(1 - (0.95 * 0.9) ** (1 / 3), 4), round(1 - (0.4 * 0.85 * 0.5) ** (1 / 3), 4)
+    assert kept["all"] == {"with": lost[0], "without": lost[1], "met": True}
     assert kept["class_spread"] == {"with": 0.1, "without": 0.15, "met": False}
 
 
