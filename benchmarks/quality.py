@@ -19,7 +19,7 @@ import click
 
 from benchmarks import report
 from benchmarks.quality_figures import best_rates, summary
-from benchmarks.quality_plan import METHODS, SUBJECTS, Work, works
+from benchmarks.quality_plan import METHODS, SUBJECTS, Work, share, works
 from benchmarks.quality_plot import pareto
 from benchmarks.toybox_runs import Bench, append, read_runs, sheet, train
 from dbadapter.evaluation import Settings
@@ -97,7 +97,7 @@ def main(
             work_list = [w for w in work_list if w.method in ("adapter", "full") and w.seed == 0]
             subject = SUBJECTS[0] if name == "compare" else work_list[0].subject
             work_list = [w for w in work_list if w.subject == subject]
-        for work in work_list[int(number) - 1 :: int(parts)]:
+        for work in share(work_list, int(number), int(parts)):
             if work.key in {each["key"] for each in read_runs(runs_path)}:
                 continue
             if seconds is not None and time.perf_counter() - start > seconds:

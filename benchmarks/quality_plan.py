@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import click
 
 from dbadapter.toybox.subjects import Subject
 
-__all__ = ["METHODS", "SEARCHED", "SEARCH_SUBJECTS", "SEEDS", "SUBJECTS", "Method", "Work", "works"]
+__all__ = ["METHODS", "SEARCHED", "SEARCH_SUBJECTS", "SEEDS", "SUBJECTS", "Method", "Work", "share", "works"]
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,18 @@ class Work:
         return f"{self.stage}/{self.method}/{self.subject.name}/seed-{self.seed}/rate-{self.rate:g}"
 
 
+def share(found: Sequence[Work], number: int, parts: int) -> list[Work]:
+    """Return one process's share, from 1 to `parts`: whole subjects, whose base is scored once."""
+    subjects = list(dict.fromkeys(work.subject for work in found))
+    return [work for work in found if subjects.index(work.subject) % parts == number - 1]
+
+
 def works(stage: str, rates: Mapping[str, float], methods: Collection[str] = METHODS) -> Iterator[Work]:
     """Yield the runs of a stage in the order of their worth.
 
     Args:
-        stage: "search", or "compare": all methods with the first seed, then the main ones' other seeds, then
-            the rest.
+        stage: "search", or "compare": the main methods with the first seed, the others with it, then the main
+            ones' other seeds, then the rest; one subject after the other, so that methods stay comparable.
         rates: searched method -> its best rate; for "compare".
         methods: only these.
     Raises:
@@ -122,10 +129,10 @@ def works(stage: str, rates: Mapping[str, float], methods: Collection[str] = MET
     rest = [name for name in METHODS if name not in main]
     for names, seeds in ((main, (first,)), (rest, (first,)), (main, others), (rest, others)):
         for seed in seeds:
-            for name in (name for name in names if name in methods):
+            for subject, name in product(SUBJECTS, (name for name in names if name in methods)):
                 rate = rates.get(METHODS[name].rate_of)
                 if rate is None:
                     raise click.ClickException(
                         f"no rate was searched for {METHODS[name].rate_of}: run --stage search first"
                     )
-                yield from (Work(stage, name, subject, seed, rate) for subject in SUBJECTS)
+                yield Work(stage, name, subject, seed, rate)

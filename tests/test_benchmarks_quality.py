@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from benchmarks import quality, select
 from benchmarks.quality_figures import FIGURES, best_rates, search, summary, table
-from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SEEDS, SUBJECTS, works
+from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SEEDS, SUBJECTS, share, works
 from benchmarks.quality_plot import SIZE, pareto
 from benchmarks.toybox_runs import append, read_runs
 from dbadapter.config import TrainConfig
@@ -57,6 +57,9 @@ def test_every_method_and_subject_comes_with_every_seed_the_main_ones_first() ->
     assert {work.method for work in first} == {name for name, method in METHODS.items() if method.main}
     assert {work.seed for work in first} == {0}
     assert {work.method for work in works("compare", RATES, ["rank-1"])} == {"rank-1"}
+    parts = [share(found, number, 2) for number in (1, 2)]
+    assert sorted(work.key for part in parts for work in part) == sorted(work.key for work in found)
+    assert not {work.subject for work in parts[0]} & {work.subject for work in parts[1]}
     with pytest.raises(click.ClickException, match="no rate was searched for adapter"):
         list(works("compare", {}))
 
