@@ -28,8 +28,7 @@ BASES = ("toybox", *TRUE_SIZES)
 SIDES: dict[str, list[str]] = {"adapter": [], "full": ["--full"]}
 # Table -> the options of both sides. The second asks of full fine-tuning the least that it can take.
 TABLES: dict[str, list[str]] = {"defaults": [], "unet_only": ["--prior", "none", "--no-train-text-encoder"]}
-# A checkpoint copies weights and moments, at the last step too: of a whole model that is the peak, which
-# is in no estimate, and no matter of the steps.
+# A checkpoint is no matter of the steps.
 COMMON = ["--num-class-images", "4", "--checkpointing-steps", "0"]
 RESOLUTIONS = {"toybox": (64, 64), "sd15": (256, 512), "sdxl": (1024, 1024)}  # on a CPU, on a GPU
 MARGIN_MB = 1024  # beside the estimate, for whatever else runs

@@ -19,7 +19,7 @@ import click
 
 from benchmarks import report
 from benchmarks.quality_figures import best_rates, summary
-from benchmarks.quality_plan import METHODS, SUBJECTS, Work, share, works
+from benchmarks.quality_plan import METHODS, Work, share, works
 from benchmarks.quality_plot import pareto
 from benchmarks.toybox_runs import Bench, append, read_runs, sheet, train
 from dbadapter.evaluation import Settings
@@ -95,15 +95,15 @@ def main(
         work_list = list(works(name, best_rates(read_runs(runs_path)), wanted))
         if quick:
             work_list = [w for w in work_list if w.method in ("adapter", "full") and w.seed == 0]
-            subject = SUBJECTS[0] if name == "compare" else work_list[0].subject
-            work_list = [w for w in work_list if w.subject == subject]
+            work_list = [w for w in work_list if w.subject == work_list[0].subject]
         for work in share(work_list, int(number), int(parts)):
             if work.key in {each["key"] for each in read_runs(runs_path)}:
                 continue
             if seconds is not None and time.perf_counter() - start > seconds:
                 break
-            folder = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-quality-"))
-            made = made or Bench(folder, QUICK if quick else SETTINGS)
+            if made is None:
+                folder = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-quality-"))
+                made = Bench(folder, QUICK if quick else SETTINGS)
             found = run(made, work, quick=quick)
             append(runs_path, found)
             click.echo(f"{work.key}: score {found['score']:.3f}, {found['seconds']:.0f} s", err=True)

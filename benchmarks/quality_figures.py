@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality_plan import METHODS
+from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED
 from dbadapter import metrics
 
 __all__ = ["best_rates", "forgotten", "search", "summary"]
@@ -51,8 +51,15 @@ def search(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
 
 
 def best_rates(runs: Sequence[Run]) -> dict[str, float]:
-    """Return searched method -> the rate with the best mean score, for those that were searched."""
-    return {method: float(max(rates, key=lambda rate: rates[rate])) for method, rates in search(runs).items()}
+    """Return searched method -> the rate with the best mean score, for those whose search is complete."""
+    done = {(run["method"], run["rate"], run["subject"]) for run in runs if run["stage"] == "search"}
+    complete = [
+        method
+        for method, rates in SEARCHED.items()
+        if {(method, rate, subject.name) for rate in rates for subject in SEARCH_SUBJECTS} <= done
+    ]
+    found = search(runs)
+    return {method: float(max(found[method], key=lambda rate: found[method][rate])) for method in complete}
 
 
 def forgotten(run: Run) -> float:
@@ -101,6 +108,12 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         "runs": len(runs),
         "before": before | {"ceiling": _mean([run["ceiling"] for run in compared])},
         "search": search(runs),
+        # Another rate beyond it may do better still.
+        "best_at_the_edge": [
+            name
+            for name, rate in best_rates(runs).items()
+            if rate in (min(SEARCHED[name]), max(SEARCHED[name]))
+        ],
         "methods": methods,
         "targets": _targets(methods),
     }
@@ -133,6 +146,8 @@ def _targets(methods: Mapping[str, Any]) -> dict[str, Any]:
     if not {"adapter", "full", "adapter-no-prior"} <= methods.keys():
         return {}
     ours, full, bare = (methods[name] for name in ("adapter", "full", "adapter-no-prior"))
+    if "minus_default" not in full:
+        return {}
     difference = full["minus_default"]["subject_fidelity"]
     kept = {
         part: (1 - ours[part]["value"], 1 - bare[part]["value"]) for part in ("class_kept", "class_spread")

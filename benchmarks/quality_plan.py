@@ -133,6 +133,7 @@ def works(stage: str, rates: Mapping[str, float], methods: Collection[str] = MET
                 rate = rates.get(METHODS[name].rate_of)
                 if rate is None:
                     raise click.ClickException(
-                        f"no rate was searched for {METHODS[name].rate_of}: run --stage search first"
+                        f"the search of {METHODS[name].rate_of}'s rate is not complete: run --stage search "
+                        f"--methods {METHODS[name].rate_of} first"
                     )
                 yield Work(stage, name, subject, seed, rate)

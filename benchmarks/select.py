@@ -2,7 +2,8 @@
 
 Runs that overfit (a constant rate, twice the steps) and runs at the defaults, each with `--select best` and
 with the last checkpoint, from the same seed: until one ends early both take the very same steps. Both files
-are scored with other seeds, and with more pictures, than the choice was made by. Finished runs are lines of
+are scored with other seeds, and with more pictures, than the choice was made by (the judges are the same, and
+the six test places are among the ten that the choice saw). Finished runs are lines of
 `--runs`.
 """
 
@@ -106,8 +107,9 @@ def main(
                 continue
             if seconds is not None and time.perf_counter() - start > seconds:
                 break
-            folder = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-select-"))
-            made = made or Bench(folder, QUICK if quick else SETTINGS)
+            if made is None:
+                folder = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-select-"))
+                made = Bench(folder, QUICK if quick else SETTINGS)
             found = run(made, kind, subject, quick=quick)
             append(runs_path, found)
             scores = ", ".join(f"{name} {found[name]['score']:.3f}" for name in ("best", "last"))

@@ -133,8 +133,8 @@ def sheet(evaluator: Evaluator, before: Scores, found: dict[str, Scores], path: 
     seeds = evaluator.settings.num_images_per_prompt
     rows, notes = [list(evaluator.photographs)], ["photographs"]
     for name, scores in found.items():
-        rows += [scores.drawn["subject"][::seeds], scores.drawn["subject"][1::seeds] or rows[0]]
-        notes += [name, ""]
+        rows += [scores.drawn["subject"][seed::seeds] for seed in range(min(seeds, 2))]
+        notes += [name, ""][: min(seeds, 2)]
     for name, scores in {"base": before, **found}.items():
         rows.append(scores.drawn["class"][: len(TEST_CONTEXTS)])
         notes.append(f"class, {name}")

@@ -99,6 +99,10 @@ def faults(config: TrainConfig) -> Iterator[str]:
                 yield f"{name} is an adapter's, and full trains the models whole: leave one of both out"
     if config.select == "best" and config.checkpointing_steps == 0:
         yield "select best chooses among checkpoints: give checkpointing_steps more than 0, or leave it out"
+    if config.select != "best":
+        for name in ("image_encoder", "text_image_encoder"):
+            if getattr(config, name) is not None:
+                yield f"{name} does nothing without select best: leave it out, or choose by it"
     if config.resume and config.overwrite:
         yield "resume and overwrite exclude each other: give one of them"
 
@@ -106,6 +110,8 @@ def faults(config: TrainConfig) -> Iterator[str]:
 def _text_faults(config: TrainConfig) -> Iterator[str]:
     yield from _noun_faults("class_noun", config.class_noun)
     yield from _classifier_faults(config)
+    if config.class_noun.lower() == "auto" != config.class_noun:
+        yield f"class_noun auto is written in small letters, got {config.class_noun!r}"
     for name in ("identifier", "base"):
         if not getattr(config, name).strip():
             yield f"{name} must not be empty: leave it out for the default"

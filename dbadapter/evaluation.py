@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from dbadapter import lora, metrics
 from dbadapter.adapter import Adapter
 from dbadapter.base import Base, load_base
 from dbadapter.encoders import Encoder, PromptJudge
-from dbadapter.errors import DataError, UsageError
+from dbadapter.errors import AdapterError, BaseError, DataError, UsageError
 from dbadapter.evaluation_prompts import Prompts
 from dbadapter.photographs import find_photographs, load_crop
 from dbadapter.sampling import Picture, generate_pictures
@@ -27,6 +27,7 @@ __all__ = [
     "Evaluator",
     "Scores",
     "Settings",
+    "check_candidates",
     "evaluate",
     "load_candidate",
     "load_photographs",
@@ -203,16 +204,16 @@ class Evaluator:
                 table = table[~table.isnan().any(1)]
                 if len(table):
                     tables[name] = table
-        figures: dict[str, Any] = dict.fromkeys(("prompt_fidelity", "class_fidelity", "drift"), NOT_MEASURED)
-        figures |= {name: asdict(metrics.estimate(table)) for name, table in tables.items()}
-        of_photographs = metrics.similarity(of_class, self.references).view(1, -1)
-        figures["prior_preservation"] = asdict(metrics.estimate(of_photographs))
+        of_photographs = metrics.similarity(of_class, self.references)
+        tables["prior_preservation"] = of_photographs.view(1, -1)
         if self.prompt_judge is not None:
             # Broken pictures are neither like the subject nor like each other: only this tells them.
             asked = [self.prompts.class_prompt] * len(drawn["class"])
             values = self.prompt_judge.score(drawn["class"], asked)["prompt_fidelity"]
             if not values.isnan().any():
-                figures["class_fidelity"] = asdict(metrics.estimate(values.view(1, -1)))
+                tables["class_fidelity"] = values.view(1, -1)
+        figures: dict[str, Any] = dict.fromkeys(("prompt_fidelity", "class_fidelity", "drift"), NOT_MEASURED)
+        figures |= {name: asdict(metrics.estimate(table)) for name, table in tables.items()}
         figures["diversity"] = asdict(metrics.pair_estimate(metrics.distances(of_class)))
         which, cosines = metrics.nearest(subject, self.references)
         figures["nearest_photograph"] = float(cosines.max())
@@ -338,7 +339,11 @@ def evaluate(
         progress: called with (stage, pictures done, of how many).
         on_pictures: called with "base", then each candidate's name, and its pictures (`Scores.drawn`).
     """
-    evaluator = Evaluator(photographs, prompts, class_noun, encoder, prompt_judge, settings or Settings())
+    check_candidates(base, candidates)
+    chosen = settings or Settings()
+    if chosen.resolution is None:
+        chosen = replace(chosen, resolution=base.resolution)
+    evaluator = Evaluator(photographs, prompts, class_noun, encoder, prompt_judge, chosen)
     scores = evaluator.score_base(base.pipeline, _stage(progress, "base"))
     if on_pictures is not None:
         on_pictures("base", scores.drawn)
@@ -365,6 +370,29 @@ def evaluate(
         "differences": _differences(tables),
     }
     return report | ({"encoder_accuracy": dict(encoder.accuracy)} if encoder.accuracy else {})
+
+
+def check_candidates(base: Base, candidates: Sequence[Candidate]) -> None:
+    """Pass if every candidate can be scored beside the base: before hours of drawing, not after.
+
+    Raises:
+        AdapterError: an adapter does not fit the base; the message begins with its path.
+        BaseError: a tuned model cannot be loaded, or is of another family.
+    """
+    for candidate in candidates:
+        try:
+            with _pipeline_of(base, candidate) as pipeline:
+                del pipeline
+        except AdapterError as error:
+            raise AdapterError(f"{candidate.path}: {error}") from error
+        if candidate.adapter is None:
+            family = load_base(str(candidate.path)).family
+            # A toybox saved as a folder is of SD1's family to whoever reads it.
+            if family != base.family and {family, base.family} != {"toybox", "sd1"}:
+                raise BaseError(
+                    f"{candidate.path} is of the family {family}, the base of {base.family}: pass the --base "
+                    "that it was tuned from"
+                )
 
 
 @contextmanager

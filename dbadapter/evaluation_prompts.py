@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dbadapter.config import indefinite
 from dbadapter.errors import DataError
 
 __all__ = ["LIVE", "OBJECT", "UNRELATED", "Prompts", "choose_prompts", "read_prompts"]
@@ -94,8 +95,7 @@ def choose_prompts(
         subject: templates, `OBJECT`, `LIVE`, or what `read_prompts` gives.
         unrelated: whole prompts.
     """
-    article = "an" if class_noun[:1].lower() in tuple("aeiou") else "a"
-    return Prompts(tuple(subject), f"a photo of {article} {class_noun}", tuple(unrelated))
+    return Prompts(tuple(subject), f"a photo of {indefinite(class_noun)}", tuple(unrelated))
 
 
 def default_prompts(family: str, class_noun: str, kind: str = "object") -> Prompts:
@@ -133,7 +133,7 @@ def read_prompts(file: Path) -> tuple[str, ...]:
         DataError: it cannot be read, holds none or too many, or a line has no place for the subject.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read ({error}); give a text file, one prompt a line") from None
     found = []
@@ -141,7 +141,7 @@ def read_prompts(file: Path) -> tuple[str, ...]:
         template = line.strip().replace("{subject}", "{}")
         if not template or template.startswith("#"):
             continue
-        if template.count("{}") != 1 or template.replace("{}", "").count("{"):
+        if template.count("{}") != 1 or set(template.replace("{}", "")) & set("{}"):
             raise DataError(
                 f"{file}, line {number}: a prompt must hold {{}} once, where the subject goes, "
                 f"got {line.strip()[:60]!r}"

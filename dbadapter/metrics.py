@@ -27,6 +27,10 @@ __all__ = [
 
 DRAWS = 2000
 CONFIDENCE = 0.95
+NOTHING_KNOWN = 2.0  # wider than any cosine, so that fewer than three units never show anything
+_NORMAL = 1.959964
+# Student's t at 97.5 % for 1 to 10 degrees of freedom.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,10 @@ def estimate(values: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
 
     Prompts and seeds are drawn with replacement, each for itself, because pictures that share a prompt, or a
     seed, are alike (Owen 2007, "The pigeonhole bootstrap"). Over one row or column only the other is drawn.
+    A bootstrap of few units is too narrow, so its interval is widened as Student's is beside the normal one;
+    for a share (all values 0 or 1) it is Wilson's, with the number of pictures that the bootstrap's variance
+    is worth: a share of 1 of few pictures is no certainty. Units are the rows or columns, whichever are more;
+    of fewer than three nothing is known (value -/+ 2).
 
     Args:
         values: shape (prompts, seeds).
@@ -122,13 +130,16 @@ def estimate(values: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
     w = _counts(rows, draws, generator)
     u = _counts(columns, draws, generator)
     means = torch.einsum("dr,rc,dc->d", w, values, u) / values.numel()
-    return _figure(float(values.mean()), means, values.numel())
+    units = max(rows, columns)
+    if bool(((values == 0) | (values == 1)).all()) and units > 2:
+        return _share(float(values.mean()), float(means.var()), units, values.numel())
+    return _figure(float(values.mean()), means, units, values.numel())
 
 
 def pair_estimate(table: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
     """Return the mean over pairs of different pictures, with a bootstrap interval over the pictures.
 
-    A picture that is drawn twice makes no pair with itself.
+    A picture that is drawn twice makes no pair with itself. Widened for few pictures as in `estimate`.
 
     Args:
         table: of every pair, symmetric, shape (n, n), n at least 2; the diagonal does not count.
@@ -140,7 +151,7 @@ def pair_estimate(table: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure
     w = _counts(len(table), draws, generator)
     pairs = w.sum(1) ** 2 - (w**2).sum(1)
     means = torch.einsum("di,ij,dj->d", w, table, w)[pairs > 0] / pairs[pairs > 0]
-    return _figure(value, means, len(table) * (len(table) - 1) // 2)
+    return _figure(value, means, len(table), len(table) * (len(table) - 1) // 2)
 
 
 def difference(one: Tensor, other: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
@@ -177,7 +188,29 @@ def _counts(n: int, draws: int, generator: torch.Generator) -> Tensor:
     )
 
 
-def _figure(value: float, means: Tensor, count: int) -> Figure:
+def _student(freedom: int) -> float:
+    """Return Student's t at 97.5 %; beyond the table by Cornish and Fisher's first terms."""
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    z = _NORMAL
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def _figure(value: float, means: Tensor, units: int, count: int) -> Figure:
+    if units < 3:
+        return Figure(value, value - NOTHING_KNOWN, value + NOTHING_KNOWN, count)
     tail = (1 - CONFIDENCE) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    return Figure(value, low, high, count)
+    wider = _student(units - 1) / _NORMAL * (units / (units - 1)) ** 0.5
+    return Figure(value, value - wider * (value - low), value + wider * (high - value), count)
+
+
+def _share(value: float, variance: float, units: int, count: int) -> Figure:
+    """Return a share with Wilson's interval (Wilson 1927), by as many pictures as the variance is worth."""
+    worth = float(units)
+    if variance > 0 and 0 < value < 1:
+        worth = min(max(value * (1 - value) / variance, 1.0), float(count))
+    q = _student(units - 1) ** 2 / worth
+    middle = (value + q / 2) / (1 + q)
+    half = (q * value * (1 - value) + q * q / 4) ** 0.5 / (1 + q)
+    return Figure(value, min(value, middle - half), max(value, middle + half), count)

@@ -56,6 +56,12 @@ FIGURES: dict[str, Kind] = {
     "context_agreement": Kind(
         "Right place", "The share of pictures that show the place of their prompt.", True
     ),
+    "class_fidelity": Kind(
+        "Class fidelity",
+        "How well pictures of the plain class show it. Broken ones are not like the subject, and unlike each "
+        "other: only this tells them.",
+        True,
+    ),
     _FORGETTING: Kind(
         "Class is subject",
         "Prior preservation: how much pictures of the plain class are like the subject's photographs. Much "

@@ -6,6 +6,7 @@ subject there, does it obey the prompt, and is the class what it was?
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ __all__ = ["FIRST", "PARTS", "PATIENCE", "Selection", "check_selection", "curve"
 
 PARTS = ("score", "likeness", "obedience", "class_kept", "class_spread", "class_obedience")
 PATIENCE = 3  # scores without a better one, then the run ends
+ROOM = 0.05  # of cosine, between the base and the photographs: less cannot be told from chance
 FIRST = 0.3  # of the run's steps: nothing is worth choosing before
 _SEED = 7000  # far from those of `evaluate` and of the samples
 _CLASS_IMAGES = 8
@@ -87,6 +89,15 @@ class Selection:
         )
         with run.autocast():
             base = evaluator.score_base(run.base.pipeline, _stage(progress))
+        room = evaluator.ceiling() - float(base.figures["subject_fidelity"]["value"])
+        if room < ROOM:
+            warnings.warn(
+                f"by {evaluator.encoder.name} the photographs are hardly more like each other than the "
+                f"base's pictures are like them (by {room:.2f}): are all of one subject? "
+                "A finer --image-encoder may tell",
+                UserWarning,
+                stacklevel=1,
+            )
         earlier = [
             (int(line["step"]), {part: float(line[part]) for part in PARTS if part in line})
             for line in metrics
@@ -132,9 +143,12 @@ def _judges(config: TrainConfig, family: str, device: str) -> tuple[Encoder, Pro
 
 
 def exhausted(scores: Sequence[float]) -> bool:
-    """Return whether the last `PATIENCE` of some scores all fell short of an earlier one."""
+    """Return whether the last `PATIENCE` of some scores all fell short of an earlier one.
+
+    Equal scores do not: all are 0 while a subject is not there yet.
+    """
     earlier, last = scores[:-PATIENCE], scores[-PATIENCE:]
-    return bool(earlier) and max(last) <= max(earlier)
+    return bool(earlier) and max(last) < max(earlier)
 
 
 def scored_from(config: TrainConfig) -> int:

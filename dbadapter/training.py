@@ -163,6 +163,8 @@ def _learn(
     device = base.device
     keep_freed_memory(device)
     use_tensor_cores(device)
+    again = folder.finished is not None
+    ours.wait()  # all have looked before the first takes the note away
     if ours.is_main:
         folder.start(config.to_toml(), resumed_step=snapshot.step if snapshot else 0)
     ours.wait()
@@ -178,7 +180,9 @@ def _learn(
             config, base, found.photographs, class_folder=folder.class_images, processes=ours, progress=report
         )
         # Before anything is restored: the adapters do nothing yet, so this is the base.
-        selection = Selection.start(run, folder.read_metrics(), report) if config.select == "best" else None
+        # A finished run that gets more steps is given new patience.
+        earlier = [] if again else folder.read_metrics()
+        selection = Selection.start(run, earlier, report) if config.select == "best" else None
         if snapshot is not None:
             checkpoint.restore(snapshot, run.parameters, run.optimizer, run.scaler)
             run.step = snapshot.step
@@ -237,7 +241,9 @@ def _loop(
                         scores = _scored(run, selection)
                         lines[-1].update(scores)
                         value = 1 - scores.get("score", -math.inf)
-                    if math.isfinite(value) and (best is None or value < best.loss):
+                    # Of equal scores (all 0 before the subject is there) the later checkpoint knows more.
+                    later = selection is not None and best is not None and value == best.loss
+                    if math.isfinite(value) and (best is None or value < best.loss or later):
                         best = Best(run.step, value)
                 if run.processes.is_main and (saving or not config.full):
                     state = (run.parameters, run.optimizer, run.scaler, found.identity, best)

@@ -60,7 +60,7 @@ def test_every_method_and_subject_comes_with_every_seed_the_main_ones_first() ->
     parts = [share(found, number, 2) for number in (1, 2)]
     assert sorted(work.key for part in parts for work in part) == sorted(work.key for work in found)
     assert not {work.subject for work in parts[0]} & {work.subject for work in parts[1]}
-    with pytest.raises(click.ClickException, match="no rate was searched for adapter"):
+    with pytest.raises(click.ClickException, match="the search of adapter's rate is not complete"):
         list(works("compare", {}))
 
 
@@ -82,14 +82,14 @@ def test_the_options_are_ones_that_train_takes() -> None:
 
 def test_the_rate_with_the_best_mean_score_wins() -> None:
     runs = [
-        line("adapter", "car", 0, 0, "search", score=score, rate=rate)
+        line("adapter", subject.name, 0, 0, "search", score=score, rate=rate)
         for rate, scores in ((1e-3, (0.5, 0.7)), (2e-3, (0.9, 0.1)), (4e-3, (0.65, 0.6)))
-        for score in scores
+        for subject, score in zip(SEARCH_SUBJECTS, scores, strict=True)
     ]
-    for number, run in enumerate(runs):
-        run["key"] = str(number)
     assert search(runs) == {"adapter": {"0.001": 0.6, "0.002": 0.5, "0.004": 0.625}}
     assert best_rates(runs) == {"adapter": 4e-3}
+    assert summary(runs)["best_at_the_edge"] == ["adapter"]
+    assert best_rates(runs[:-1]) == {}
 
 
 def test_figures_are_means_over_subjects_and_seeds_that_all_have() -> None:
@@ -166,8 +166,10 @@ def test_bad_words() -> None:
 def test_a_quick_run_and_going_on(tmp_path: Path) -> None:
     """One adapter and one whole model, two steps each, for real; the second call finds all done."""
     runs = tmp_path / "runs.jsonl"
-    for rate, (name, rates) in enumerate(SEARCHED.items()):
-        append(runs, line(name, "car-200", 0, 0.5, "search", rate=rates[0]) | {"key": f"old{rate}"})
+    for name, rates in SEARCHED.items():
+        for rate in rates:
+            for subject in SEARCH_SUBJECTS:
+                append(runs, line(name, subject.name, 0, 0.5, "search", rate=rate))
     words = ["--quick", "--stage", "compare", "--runs", str(runs), "--work-dir", str(tmp_path / "work")]
     done = CliRunner().invoke(quality.main, [*words, "--json", str(tmp_path / "a.json")])
     assert done.exit_code == 0, done.output

@@ -85,7 +85,11 @@ def test_every_candidate_meets_the_same_prompts_and_seeds(base: Base, photograph
     assert report["figures"]["dog"]["diversity"]["count"] == 3
     assert report["figures"]["dog"]["prompt_fidelity"] == report["text_image_encoder"] == "not measured"
     assert report["figures"]["dog"]["bytes"] == (files / "dog.safetensors").stat().st_size
-    assert {entry["figure"] for entry in report["differences"]} == {"subject_fidelity", "drift"}
+    assert {entry["figure"] for entry in report["differences"]} == {
+        "subject_fidelity",
+        "drift",
+        "prior_preservation",
+    }
     assert all(entry["of"] == "hat" and entry["minus"] == "dog" for entry in report["differences"])
     assert seen[-1] == ("drawing, hat", 9, 9)
     assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
@@ -130,6 +134,23 @@ def test_a_copy_scores_the_ceiling_and_is_seen_as_one(
     assert others / 2 == pytest.approx(report["subject_ceiling"], abs=0.2)
 
 
+def test_a_misfit_is_named_before_anything_is_drawn(
+    base: Base, photographs: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dbadapter.errors import AdapterError
+
+    foreign = synthetic_adapter(load_base("toybox"))
+    write_adapter(tmp_path / "toy.safetensors", foreign, description=AdapterDescription(trigger="sks dog"))
+    candidates = [
+        load_candidate(path, "dog") for path in (files / "dog.safetensors", tmp_path / "toy.safetensors")
+    ]
+    monkeypatch.setattr(evaluation.Evaluator, "_draw", lambda *_: pytest.fail("drawn too early"))
+    with pytest.raises(AdapterError, match=r"toy\.safetensors: "):
+        evaluate(
+            base, candidates, load_photographs(photographs, 32), PROMPTS, class_noun="dog", encoder=PIXELS
+        )
+
+
 def test_a_tuned_model_needs_its_word(base: Base, photographs: Path, tmp_path: Path) -> None:
     write_model_folder(base.pipeline, tmp_path / "tuned")
     with pytest.raises(UsageError, match="pass --identifier"):
@@ -152,6 +173,7 @@ def test_the_paper_has_25_prompts_of_each_kind() -> None:
     assert all(template.count("{}") == 1 for template in (*OBJECT, *LIVE))
     assert choose_prompts("owl", LIVE).subject == LIVE
     assert choose_prompts("owl").class_prompt == "a photo of an owl"
+    assert choose_prompts("unicorn").class_prompt == "a photo of a unicorn"
 
 
 def test_toybox_is_asked_for_what_it_can_draw() -> None:
@@ -168,6 +190,11 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     file.write_text("a {} in a boat\na dog\n")
     with pytest.raises(DataError, match=r"line 2: a prompt must hold \{\} once"):
         read_prompts(file)
+    file.write_text("a {}} x")
+    with pytest.raises(DataError, match="line 1"):
+        read_prompts(file)
+    file.write_bytes(b"\xef\xbb\xbf# a note\na {} in a boat\n")
+    assert read_prompts(file) == ("a {} in a boat",)
     file.write_text("\n")
     with pytest.raises(DataError, match="1 to 500 prompts"):
         read_prompts(file)

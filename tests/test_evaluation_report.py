@@ -373,7 +373,7 @@ def test_the_command_writes_one_page(
         small = [np.asarray(picture.resize((8, 8)), dtype=np.float32) for picture in pictures]
         return torch.from_numpy(np.stack(small)).flatten(1) - 128
 
-    monkeypatch.setattr("dbadapter.encoders.load_encoder", lambda spec: Encoder("pixels", pixels))
+    monkeypatch.setattr("dbadapter.encoders.load_encoder", lambda *_: Encoder("pixels", pixels))
     write_adapter(
         tmp_path / "dog.safetensors",
         synthetic_adapter(load_base(str(tiny_base_folder), device="cpu")),

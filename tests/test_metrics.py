@@ -78,6 +78,46 @@ def test_the_interval_of_a_mean_covers() -> None:
     assert 0.90 <= inside / 200 <= 0.99
 
 
+@pytest.mark.parametrize(
+    ("rows", "columns", "share"), [(10, 1, 0.9), (6, 3, 0.95), (8, 3, 0.95), (8, 3, 0.5), (10, 4, 1.0)]
+)
+def test_the_interval_of_a_share_covers(rows: int, columns: int, share: float) -> None:
+    """Also where every picture is right: a percentile interval has no width then."""
+    generator = torch.Generator().manual_seed(3)
+    inside = 0
+    for trial in range(200):
+        table = (torch.rand(rows, columns, generator=generator) < share).double()
+        found = metrics.estimate(table, draws=300, seed=trial)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+        inside += found.low <= share <= found.high
+    assert inside / 200 >= 0.93
+
+
+@pytest.mark.parametrize("rows", [4, 8])
+def test_the_interval_of_few_values_covers(rows: int) -> None:
+    generator = torch.Generator().manual_seed(4)
+    inside = 0
+    for trial in range(300):
+        found = metrics.estimate(torch.randn(rows, 1, generator=generator), draws=300, seed=trial)
+        inside += found.low <= 0 <= found.high
+    assert 0.92 <= inside / 300 <= 0.99
+
+
+def test_of_one_or_two_nothing_is_known() -> None:
+    for table in (torch.tensor([[0.5]]), torch.tensor([[0.4, 0.6]]), torch.tensor([[1.0, 1.0], [1.0, 1.0]])):
+        found = metrics.estimate(table)
+        assert (found.low, found.high) == (found.value - 2, found.value + 2)
+    one = metrics.difference(torch.tensor([[0.9]]), torch.tensor([[0.1]]))
+    assert one.low < 0 < one.high
+    assert metrics.pair_estimate(metrics.distances(torch.eye(2))).low < 0
+
+
+def test_students_t() -> None:
+    assert metrics._student(1) == 12.706
+    assert metrics._student(11) == pytest.approx(2.201, abs=0.003)
+    assert metrics._student(30) == pytest.approx(2.042, abs=0.001)
+
+
 def test_the_interval_over_pairs_covers() -> None:
     generator = torch.Generator().manual_seed(2)
     truth = metrics.pair_estimate(metrics.distances(torch.randn(1500, 4, generator=generator) + 1)).value

@@ -63,7 +63,9 @@ def lines(config: TrainConfig) -> list[dict[str, Any]]:
 def test_a_run_is_exhausted_after_three_scores_that_fall_short() -> None:
     assert not exhausted([])
     assert not exhausted([0.5, 0.4, 0.3])
-    assert exhausted([0.5, 0.4, 0.3, 0.5])
+    assert exhausted([0.5, 0.4, 0.3, 0.49])
+    assert not exhausted([0.5, 0.4, 0.3, 0.5])
+    assert not exhausted([0.0] * 9)
     assert not exhausted([0.5, 0.4, 0.3, 0.51])
     assert not exhausted([0.1, 0.5, 0.4, 0.4])
 
@@ -86,13 +88,28 @@ def test_the_best_checkpoint_becomes_the_file(config: TrainConfig, monkeypatch: 
 
 
 def test_it_ends_when_no_score_gets_better(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    scripted(monkeypatch, 0.5, 0.4, 0.4, 0.5)
+    scripted(monkeypatch, 0.5, 0.4, 0.4, 0.3)
     result = train(config)
     assert (result.steps, result.chosen_step) == (6, 3)
     again = train(replace(config, resume=True))
     assert again.finished_before
     assert again.adapter_path.stat().st_mtime_ns == result.adapter_path.stat().st_mtime_ns
     assert again.chosen_step is None or again.chosen_step == 3
+
+
+def test_a_run_that_ended_goes_on_with_new_patience(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripted(monkeypatch, 0.5, 0.4, 0.4, 0.3, 0.1, 0.2, 0.9)
+    assert train(config).steps == 6
+    longer = train(replace(config, resume=True, max_train_steps=9))
+    assert (longer.steps, longer.chosen_step) == (9, 9)
+
+
+def test_scores_of_nothing_choose_the_last_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    scripted(monkeypatch, *[0.0] * 9)
+    result = train(replace(config, max_train_steps=6))
+    assert (result.steps, result.chosen_step, result.last_path) == (6, 6, None)
 
 
 def test_a_resumed_run_remembers_its_scores(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +169,8 @@ def test_whole_models_are_chosen_too(config: TrainConfig, monkeypatch: pytest.Mo
 def test_refusals(config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="give checkpointing_steps more than 0"):
         train(replace(config, checkpointing_steps=0))
+    with pytest.raises(ConfigError, match="image_encoder does nothing without select best"):
+        train(replace(config, select="last", image_encoder="clip"))
     with pytest.raises(ConfigError, match="select must be one of last, best"):
         train(replace(config, select="finest"))
     one = tmp_path / "one"

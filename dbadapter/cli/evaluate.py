@@ -68,7 +68,7 @@ _COLUMNS = {
 @click.option(
     "--guidance-scale", type=float, metavar="X", help="How strictly to follow the prompt.  [preset]"
 )
-@click.option("--seed", type=click.IntRange(min=0), default=1000, show_default=True, metavar="N",
+@click.option("--seed", type=click.IntRange(0, 2**62), default=1000, show_default=True, metavar="N",
               help="Of the first picture of every prompt.")  # fmt: skip
 @click.option("--json", "json_path", type=FilePath(), metavar="OUT", help="Where the figures go, as JSON.")
 @click.option("--report", "report_path", type=FilePath(), metavar="OUT.html",
@@ -146,9 +146,10 @@ def _report(
             f"two candidates are called {twice!r}: rename one, the report tells them apart by name"
         )
     loaded = load_base(base)
-    encoder = load_encoder(image_encoder or default_encoder(loaded.family))
+    device = loaded.device.type
+    encoder = load_encoder(image_encoder or default_encoder(loaded.family), device)
     judged_by = text_image_encoder or default_prompt_judge(loaded.family)
-    judge = load_prompt_judge(judged_by) if judged_by else None
+    judge = load_prompt_judge(judged_by, device) if judged_by else None
     photographs = evaluation.load_photographs(instance_data_dir, max(loaded.resolution, 64))
     if pictures is not None:
         pictures.add_photographs(photographs)
