@@ -62,5 +62,5 @@ def pareto(methods: Mapping[str, Any]) -> Image.Image:
             draw.ellipse([cx - r, cy - r, cx + r, cy + r], fill=color)
         draw.text((cx + 8, cy - 8), name, fill=color, font=small, anchor="ls")
     for number, (word, color) in enumerate((("adapters", _ADAPTER), ("full fine-tuning", _FULL))):
-        draw.text((SIZE[0] - _RIGHT - 150, _TOP + 10 + 22 * number), word, fill=color, font=font)
+        draw.text((SIZE[0] - _RIGHT - 240 + 90 * number, 20), word, fill=color, font=font)
     return picture
