@@ -103,6 +103,8 @@ class Selection:
             for line in metrics
             if "score" in line
         ]
+        if exhausted([parts["score"] for _, parts in earlier]):
+            earlier = []  # it had ended and is given more steps: new patience, killed in between or not
         return cls(evaluator, f"{config.identifier} {config.class_noun}", base, earlier)
 
     def score(self, run: Run) -> dict[str, float]:

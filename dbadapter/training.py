@@ -163,8 +163,6 @@ def _learn(
     device = base.device
     keep_freed_memory(device)
     use_tensor_cores(device)
-    again = folder.finished is not None
-    ours.wait()  # all have looked before the first takes the note away
     if ours.is_main:
         folder.start(config.to_toml(), resumed_step=snapshot.step if snapshot else 0)
     ours.wait()
@@ -180,9 +178,7 @@ def _learn(
             config, base, found.photographs, class_folder=folder.class_images, processes=ours, progress=report
         )
         # Before anything is restored: the adapters do nothing yet, so this is the base.
-        # A finished run that gets more steps is given new patience.
-        earlier = [] if again else folder.read_metrics()
-        selection = Selection.start(run, earlier, report) if config.select == "best" else None
+        selection = Selection.start(run, folder.read_metrics(), report) if config.select == "best" else None
         if snapshot is not None:
             checkpoint.restore(snapshot, run.parameters, run.optimizer, run.scaler)
             run.step = snapshot.step
