@@ -275,7 +275,7 @@ def _quality(found: Any) -> str:
         )
 
     main = [name for name in ("adapter", "full", "adapter-no-prior") if name in found["methods"]]
-    return "; ".join(told(name) for name in main) or f"{found['runs']} runs so far"
+    return "; ".join(told(name) for name in main) or f"{found['compared']} runs so far"
 
 
 def _bars(found: Any) -> str:

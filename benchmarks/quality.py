@@ -19,7 +19,7 @@ import click
 
 from benchmarks import report
 from benchmarks.quality_figures import best_rates, summary
-from benchmarks.quality_plan import METHODS, Work, share, works
+from benchmarks.quality_plan import METHODS, Work, part_of, share, works
 from benchmarks.quality_plot import pareto
 from benchmarks.toybox_runs import Bench, append, read_runs, sheet, train
 from dbadapter.evaluation import Settings
@@ -79,9 +79,7 @@ def main(
     quick: bool,
 ) -> None:
     """Compare methods on toybox and print JSON."""
-    number, _, parts = part.partition("/")
-    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
-        raise click.UsageError(f"--part must be like 1/2, got {part!r}")
+    process = part_of(part)
     if quick and runs_path == RUNS:
         raise click.UsageError("--quick would mix its lines with the real ones: pass --runs as well")
     wanted = methods.split(",") if methods else list(METHODS)
@@ -96,8 +94,9 @@ def main(
         if quick:
             work_list = [w for w in work_list if w.method in ("adapter", "full") and w.seed == 0]
             work_list = [w for w in work_list if w.subject == work_list[0].subject]
-        for work in share(work_list, int(number), int(parts)):
-            if work.key in {each["key"] for each in read_runs(runs_path)}:
+        mine = share(list(dict.fromkeys(work.subject for work in work_list)), process)
+        for work in work_list:
+            if work.subject not in mine or work.key in {each["key"] for each in read_runs(runs_path)}:
                 continue
             if seconds is not None and time.perf_counter() - start > seconds:
                 break

@@ -71,7 +71,7 @@ def table(runs: Sequence[Run], method: str, figure: str) -> Tensor:
     """Return a method's figure, shape (subjects, seeds): the seeds that every subject has."""
     rows: dict[str, dict[int, float]] = {}
     for run in runs:
-        if run["stage"] == "compare" and run["method"] == method:
+        if run["method"] == method:
             value = forgotten(run) if figure == "forgotten" else run[figure]
             rows.setdefault(run["subject"], {})[run["seed"]] = float(value)
     if not rows:
@@ -83,36 +83,39 @@ def table(runs: Sequence[Run], method: str, figure: str) -> Tensor:
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
     """Return the search, means with intervals over subjects and seeds, and differences from the default."""
     methods: dict[str, Any] = {}
+    best = best_rates(runs)
+    searched = search(runs)
+    # A search that went on may have found another rate: runs at the one before it count no more.
+    runs = [
+        run
+        for run in runs
+        if run["stage"] == "compare" and run["rate"] == best.get(METHODS[run["method"]].rate_of, run["rate"])
+    ]
     for name, method in METHODS.items():
         first = table(runs, name, "score")
         if not first.numel():
             continue
         figures = {figure: _rounded(metrics.estimate(table(runs, name, figure))) for figure in FIGURES}
-        rates = {run["rate"] for run in runs if run["stage"] == "compare" and run["method"] == name}
         methods[name] = {
             "about": method.about,
             "options": list(method.options),
-            "learning_rate": sorted(rates),
+            "learning_rate": sorted({run["rate"] for run in runs if run["method"] == name}),
             "subjects": first.shape[0],
             "seeds": first.shape[1],
             **figures,
         }
         if name != DEFAULT and (pairs := _pairs(runs, name)):
             methods[name]["minus_default"] = pairs
-    compared = [run for run in runs if run["stage"] == "compare"]
     before = {
-        name: _mean([run["before"][name] for run in compared])
-        for name in (compared[0]["before"] if compared else ())
+        name: _mean([run["before"][name] for run in runs]) for name in (runs[0]["before"] if runs else ())
     }
     return {
-        "runs": len(runs),
-        "before": before | {"ceiling": _mean([run["ceiling"] for run in compared])},
-        "search": search(runs),
+        "compared": len(runs),
+        "before": before | {"ceiling": _mean([run["ceiling"] for run in runs])},
+        "search": searched,
         # Another rate beyond it may do better still.
         "best_at_the_edge": [
-            name
-            for name, rate in best_rates(runs).items()
-            if rate in (min(SEARCHED[name]), max(SEARCHED[name]))
+            name for name, rate in best.items() if rate in (min(SEARCHED[name]), max(SEARCHED[name]))
         ],
         "methods": methods,
         "targets": _targets(methods),
@@ -123,11 +126,7 @@ def _pairs(runs: Sequence[Run], name: str) -> dict[str, Any]:
     """Return the differences from the default over the subjects and seeds that both have."""
 
     def of(method: str) -> set[tuple[str, int]]:
-        return {
-            (run["subject"], run["seed"])
-            for run in runs
-            if run["stage"] == "compare" and run["method"] == method
-        }
+        return {(run["subject"], run["seed"]) for run in runs if run["method"] == method}
 
     both = of(name) & of(DEFAULT)
     shared = [run for run in runs if (run["subject"], run["seed"]) in both]

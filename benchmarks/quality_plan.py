@@ -10,7 +10,18 @@ import click
 
 from dbadapter.toybox.subjects import Subject
 
-__all__ = ["METHODS", "SEARCHED", "SEARCH_SUBJECTS", "SEEDS", "SUBJECTS", "Method", "Work", "share", "works"]
+__all__ = [
+    "METHODS",
+    "SEARCHED",
+    "SEARCH_SUBJECTS",
+    "SEEDS",
+    "SUBJECTS",
+    "Method",
+    "Work",
+    "part_of",
+    "share",
+    "works",
+]
 
 
 @dataclass(frozen=True)
@@ -100,10 +111,22 @@ class Work:
         return f"{self.stage}/{self.method}/{self.subject.name}/seed-{self.seed}/rate-{self.rate:g}"
 
 
-def share(found: Sequence[Work], number: int, parts: int) -> list[Work]:
-    """Return one process's share, from 1 to `parts`: whole subjects, whose base is scored once."""
-    subjects = list(dict.fromkeys(work.subject for work in found))
-    return [work for work in found if subjects.index(work.subject) % parts == number - 1]
+def part_of(text: str) -> tuple[int, int]:
+    """Read `--part`, like 1/2.
+
+    Raises:
+        UsageError: it is not a number from 1 to the second one, a slash, and that.
+    """
+    number, _, parts = text.partition("/")
+    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+        raise click.UsageError(f"--part must be like 1/2, got {text!r}")
+    return int(number), int(parts)
+
+
+def share(subjects: Sequence[Subject], part: tuple[int, int]) -> list[Subject]:
+    """Return the subjects of one process: they are shared whole, so that each one's base is scored once."""
+    number, parts = part
+    return list(subjects[number - 1 :: parts])
 
 
 def works(stage: str, rates: Mapping[str, float], methods: Collection[str] = METHODS) -> Iterator[Work]:

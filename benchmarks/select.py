@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.quality import QUICK, SETTINGS
-from benchmarks.quality_plan import SUBJECTS
+from benchmarks.quality_plan import SUBJECTS, part_of, share
 from benchmarks.toybox_runs import FIGURES, Bench, append, read_runs, sheet, train
 from dbadapter import metrics
 from dbadapter.adapter_file import read_adapter
@@ -92,17 +92,26 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 @click.option("--runs", "runs_path", type=click.Path(path_type=Path), default=RUNS, show_default=True,
               help="Finished runs, one a line; they are not run again.")  # fmt: skip
 @click.option("--work-dir", type=click.Path(path_type=Path), help="Keeps sheets and curves.  [temporary]")
+@click.option(
+    "--part", default="1/1", show_default=True, help="Which share of the subjects, for two processes."
+)
 @click.option("--seconds", type=float, help="Start no run after so long.")
 @click.option("--quick", is_flag=True, help="One subject, three steps: measures nothing.")
 def main(
-    json_path: Path | None, runs_path: Path, work_dir: Path | None, seconds: float | None, quick: bool
+    json_path: Path | None,
+    runs_path: Path,
+    work_dir: Path | None,
+    part: str,
+    seconds: float | None,
+    quick: bool,
 ) -> None:
     """Compare the chosen checkpoint with the last and print JSON."""
     if quick and runs_path == RUNS:
         raise click.UsageError("--quick would mix its lines with the real ones: pass --runs as well")
+    subjects = share(SUBJECTS[:1] if quick else SUBJECTS, part_of(part))
     start, made = time.perf_counter(), None
     for kind in list(KINDS)[:1] if quick else KINDS:
-        for subject in SUBJECTS[:1] if quick else SUBJECTS:
+        for subject in subjects:
             if f"{kind}/{subject.name}" in {each["key"] for each in read_runs(runs_path)}:
                 continue
             if seconds is not None and time.perf_counter() - start > seconds:

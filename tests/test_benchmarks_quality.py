@@ -57,9 +57,8 @@ def test_every_method_and_subject_comes_with_every_seed_the_main_ones_first() ->
     assert {work.method for work in first} == {name for name, method in METHODS.items() if method.main}
     assert {work.seed for work in first} == {0}
     assert {work.method for work in works("compare", RATES, ["rank-1"])} == {"rank-1"}
-    parts = [share(found, number, 2) for number in (1, 2)]
-    assert sorted(work.key for part in parts for work in part) == sorted(work.key for work in found)
-    assert not {work.subject for work in parts[0]} & {work.subject for work in parts[1]}
+    assert share(SUBJECTS, (1, 2)) == list(SUBJECTS[::2])
+    assert share(SUBJECTS, (2, 2)) == list(SUBJECTS[1::2])
     with pytest.raises(click.ClickException, match="the search of adapter's rate is not complete"):
         list(works("compare", {}))
 
@@ -90,6 +89,9 @@ def test_the_rate_with_the_best_mean_score_wins() -> None:
     assert best_rates(runs) == {"adapter": 4e-3}
     assert summary(runs)["best_at_the_edge"] == ["adapter"]
     assert best_rates(runs[:-1]) == {}
+    runs += [line("adapter", "a", 0, 0.7, rate=1e-3), line("adapter", "a", 0, 0.8, rate=4e-3)]
+    assert summary(runs)["methods"]["adapter"]["score"]["value"] == pytest.approx(0.8)
+    assert summary(runs)["methods"]["adapter"]["learning_rate"] == [4e-3]
 
 
 def test_figures_are_means_over_subjects_and_seeds_that_all_have() -> None:
@@ -160,6 +162,7 @@ def test_quick_runs_stay_out_of_the_real_ones(command: click.Command) -> None:
 
 def test_bad_words() -> None:
     assert "--part must be like 1/2" in CliRunner().invoke(quality.main, ["--part", "3/2"]).output
+    assert "--part must be like 1/2" in CliRunner().invoke(select.main, ["--part", "one"]).output
     assert "unknown methods best" in CliRunner().invoke(quality.main, ["--methods", "best"]).output
 
 
