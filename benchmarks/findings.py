@@ -75,7 +75,8 @@ def logs_of(folder: Path) -> dict[str, list[str]]:
 def row(path: Path, logs: list[str]) -> str:
     """Return a result's row: the finding, its command, the machine's kind, the date, the files."""
     found = read(path)
-    files = [f"[{path.stem}](results/{path.name})", *(f"[log](results/{name})" for name in logs)]
+    others = (f"[{'plot' if name.endswith('.png') else 'log'}](results/{name})" for name in logs)
+    files = [f"[{path.stem}](results/{path.name})", *others]
     cells = (
         FINDINGS[found["benchmark"]](found),
         f"`{found['command']}`",

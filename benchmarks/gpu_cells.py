@@ -127,7 +127,7 @@ def do_cells(
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's last line that says something, after its kind unless it is one of ours."""
+    """Return an error's first line that says something, after its kind unless it is one of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else "no reason given"
     known = type(error).__module__.startswith(("dbadapter", "benchmarks", "click"))

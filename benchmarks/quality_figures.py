@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,22 @@ from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED
 from dbadapter import metrics
 
 __all__ = ["best_rates", "forgotten", "search", "summary"]
+
+#: Between 0 and 1 by their definition: so are the ends of their intervals.
+SHARES = frozenset(
+    {
+        "likeness",
+        "prompt_fidelity",
+        "context_agreement",
+        "noun_agreement",
+        "class_kept",
+        "class_spread",
+        "class_fidelity",
+        "class_obedience",
+        "forgotten",
+        "score",
+    }
+)
 
 Run = Mapping[str, Any]
 DEFAULT = "adapter"
@@ -95,7 +111,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         first = table(runs, name, "score")
         if not first.numel():
             continue
-        figures = {figure: _rounded(metrics.estimate(table(runs, name, figure))) for figure in FIGURES}
+        figures = {figure: _mean_of(table(runs, name, figure), figure) for figure in FIGURES}
         methods[name] = {
             "about": method.about,
             "options": list(method.options),
@@ -173,6 +189,13 @@ def _targets(methods: Mapping[str, Any]) -> dict[str, Any]:
             "met": ours["peak_memory_mb"]["value"] < full["peak_memory_mb"]["value"],
         },
     }
+
+
+def _mean_of(values: Tensor, figure: str) -> dict[str, float]:
+    found = metrics.estimate(values)
+    if figure in SHARES:
+        found = replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
+    return _rounded(found)
 
 
 def _rounded(figure: metrics.Figure) -> dict[str, float]:

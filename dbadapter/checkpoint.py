@@ -242,7 +242,7 @@ def check_same_run(then: Mapping[str, Any], identity: Mapping[str, Any]) -> None
     # Through JSON, as the checkpoint's own went: tuples become lists.
     wanted = json.loads(json.dumps(dict(identity)))
     faults = [
-        f"{name} was {then.get(name)!r}, is {wanted.get(name)!r}"
+        f"{name} was {_told(then, name)}, is {_told(wanted, name)}"
         for name in sorted({*wanted, *then})
         if wanted.get(name) != then.get(name)
     ]
@@ -251,6 +251,11 @@ def check_same_run(then: Mapping[str, Any], identity: Mapping[str, Any]) -> None
             f"cannot resume, the folder holds another run: {'; '.join(faults)}; set them back, or start "
             "anew with --overwrite"
         )
+
+
+def _told(identity: Mapping[str, Any], name: str) -> str:
+    value = identity.get(name)
+    return "not set" if value is None else repr(value)
 
 
 def restore(

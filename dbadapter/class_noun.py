@@ -120,7 +120,7 @@ def decided(config: TrainConfig, photographs: Sequence[Photograph]) -> TrainConf
     noun, told = _earlier(config) if config.resume else ("", None)
     if not noun:
         vote = classify(photographs, load_classifier(config))
-        noun, told = _sure(vote, config.instance_data_dir), str(vote)
+        noun, told = _sure(vote, config), str(vote)
     return dataclasses.replace(
         config, class_noun=noun, class_noun_vote=told, class_noun_classifier=None, class_nouns=None
     )
@@ -255,13 +255,17 @@ def _earlier(config: TrainConfig) -> tuple[str, str | None]:
     return "", None
 
 
-def _sure(vote: Vote, folder: Path) -> str:
+def _sure(vote: Vote, config: TrainConfig) -> str:
     if vote.share >= vote.sure:
         return vote.noun
     shares = ", ".join(f"{noun} {_percent(share)}" for noun, share in vote.candidates)
     cure = "--class-noun with what they show, e.g. dog"
-    if vote.share >= PLAUSIBLE:
+    if config.base == TrainConfig.base and config.class_noun_classifier is None:
+        # Of anything else its classifier knows nothing, however sure it is.
+        cure += f"; toybox knows only its toys ({', '.join(toybox_nouns()[0])}): real things need --base"
+    elif vote.share >= PLAUSIBLE:
         cure = f"--class-noun {shlex.quote(vote.noun)}, or another"
+    folder = config.instance_data_dir
     raise DataError(f"the photographs in {folder} are not clearly one class: {shares}: pass {cure}")
 
 

@@ -73,10 +73,12 @@ class PromptJudge:
         name: for the report.
         score: (pictures, prompts) -> figure -> shape (n,); "prompt_fidelity" is one of them. NaN where a
             prompt gives nothing to judge.
+        accuracy: its own, where the truth is known: on toybox.
     """
 
     name: str
     score: Callable[[Sequence[Image], Sequence[str]], dict[str, Tensor]]
+    accuracy: Mapping[str, float] | None = None
 
 
 def default_encoder(family: str) -> str:
@@ -155,7 +157,9 @@ def load_prompt_judge(spec: str, device: str = "cpu") -> PromptJudge:
         UsageError: as `load_text_image_encoder`.
     """
     if spec == TOYBOX_JUDGES:
-        return PromptJudge(spec, _agreement)
+        from dbadapter.toybox.judges import load_judges
+
+        return PromptJudge(spec, _agreement, load_judges().accuracy)
     encoder = load_text_image_encoder(spec, device)
 
     def score(pictures: Sequence[Image], prompts: Sequence[str]) -> dict[str, Tensor]:

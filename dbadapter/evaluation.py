@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -96,6 +97,13 @@ def load_candidate(path: str | Path, class_noun: str, identifier: str | None = N
         return Candidate(path.name, path, f"{identifier} {class_noun}", None, size)
     adapter = lora.load_adapter(path)
     subject = f"{identifier} {class_noun}" if identifier else trigger_of(adapter)
+    if subject and class_noun.lower() not in subject.lower():
+        warnings.warn(
+            f"{path} says {subject!r}, which has no {class_noun} in it: was it trained with another "
+            "--class-noun? The figures of its class are of this one's pictures",
+            UserWarning,
+            stacklevel=2,
+        )
     if not subject:
         raise UsageError(
             f"{path} does not say its words for the subject (modelspec.trigger_phrase): pass --identifier"
@@ -369,7 +377,8 @@ def evaluate(
         "figures": found,
         "differences": _differences(tables),
     }
-    return report | ({"encoder_accuracy": dict(encoder.accuracy)} if encoder.accuracy else {})
+    accuracy = encoder.accuracy or (prompt_judge.accuracy if prompt_judge else None)
+    return report | ({"encoder_accuracy": dict(accuracy)} if accuracy else {})
 
 
 def check_candidates(base: Base, candidates: Sequence[Candidate]) -> None:

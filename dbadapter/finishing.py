@@ -23,7 +23,7 @@ from dbadapter.model_folder import write_model_folder
 from dbadapter.preparation import Run
 from dbadapter.run_folder import RunFolder, write_text
 from dbadapter.sampling import Picture, save_pictures, write_png
-from dbadapter.selection import curve
+from dbadapter.selection import chosen_step, curve
 from dbadapter.speed import DTYPES, peak_memory_mb
 
 __all__ = ["TrainResult", "Trained", "finished_result", "result_of", "write_results"]
@@ -183,7 +183,9 @@ def finished_result(config: TrainConfig, folder: RunFolder, seconds: float) -> T
     """Return what a run left that was complete before this call."""
     history = folder.read_metrics()
     steps = int(history[-1]["step"] or 0) if history else 0
-    return _result(config, folder, steps, seconds, 0.0, last_losses(history), finished_before=True)
+    chosen = chosen_step(history) or steps if config.select == "best" else None
+    losses = last_losses(history)
+    return _result(config, folder, steps, seconds, 0.0, losses, chosen_step=chosen, finished_before=True)
 
 
 def _result(

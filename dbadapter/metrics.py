@@ -87,7 +87,7 @@ def drift(pictures: Tensor, before: Tensor) -> Tensor:
 
     d_i = 1 - cos(e_i, b_i)
     """
-    return 1 - prompt_similarity(pictures, before)
+    return (1 - prompt_similarity(pictures, before)).clamp(min=0)  # equal ones round to a hair below
 
 
 def distances(pictures: Tensor) -> Tensor:

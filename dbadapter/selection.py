@@ -23,13 +23,23 @@ from dbadapter.encoders import (
     load_encoder,
     load_prompt_judge,
 )
-from dbadapter.errors import DataError
+from dbadapter.errors import BaseError, DataError
 from dbadapter.evaluation import Evaluator, Scores, Settings, load_photographs, overall
 from dbadapter.evaluation_prompts import selection_prompts
 from dbadapter.photographs import find_photographs
 from dbadapter.preparation import Run
 
-__all__ = ["FIRST", "PARTS", "PATIENCE", "Selection", "check_selection", "curve", "exhausted", "scored_from"]
+__all__ = [
+    "FIRST",
+    "PARTS",
+    "PATIENCE",
+    "Selection",
+    "check_selection",
+    "chosen_step",
+    "curve",
+    "exhausted",
+    "scored_from",
+]
 
 PARTS = ("score", "likeness", "obedience", "class_kept", "class_spread", "class_obedience")
 PATIENCE = 3  # scores without a better one, then the run ends
@@ -108,9 +118,17 @@ class Selection:
         return cls(evaluator, f"{config.identifier} {config.class_noun}", base, earlier)
 
     def score(self, run: Run) -> dict[str, float]:
-        """Score the model in training as it is at this step; return the score and its parts."""
+        """Score the model in training as it is at this step; return the score and its parts.
+
+        All are 0 where it gives pictures that are not finite: the run may come back from there, or end by
+        its loss.
+        """
         with run.autocast():
-            scores = self.evaluator.score(run.base.pipeline, self.subject)
+            try:
+                scores = self.evaluator.score(run.base.pipeline, self.subject)
+            except BaseError:
+                parts = overall(self.base.figures, self.base.figures, self.evaluator.ceiling())
+                return dict.fromkeys(parts, 0.0)
         return overall(scores.figures, self.base.figures, self.evaluator.ceiling())
 
     def note(self, step: int, parts: Mapping[str, float]) -> None:
@@ -156,6 +174,12 @@ def exhausted(scores: Sequence[float]) -> bool:
 def scored_from(config: TrainConfig) -> int:
     """Return the first step that is scored."""
     return int(FIRST * int(config.max_train_steps or 0))
+
+
+def chosen_step(metrics: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the step with the best score in a run's lines, of equal ones the last; None without a score."""
+    scored = [(float(line["score"]), int(line["step"])) for line in metrics if "score" in line]
+    return max(scored)[1] if scored else None
 
 
 def curve(metrics: Sequence[Mapping[str, Any]], chosen: int | None) -> Image.Image | None:

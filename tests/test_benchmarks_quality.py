@@ -99,7 +99,8 @@ def test_figures_are_means_over_subjects_and_seeds_that_all_have() -> None:
     assert table(runs, "adapter", "score").tolist() == [[1.0], [3.0]]
     runs += [line("full", "a", 0, 2.0), line("full", "b", 0, 6.0), line("adapter-no-prior", "a", 0, 0.5)]
     found = summary(runs)
-    assert found["methods"]["adapter"]["score"]["value"] == 2.0
+    assert found["methods"]["adapter"]["subject_fidelity"]["value"] == 2.0
+    assert found["methods"]["adapter"]["score"]["high"] == 1.0  # a share's interval ends at all
     assert found["methods"]["adapter"]["seeds"] == 1
     assert found["methods"]["full"]["minus_default"]["score"]["value"] == 2.0
     assert found["before"]["ceiling"] == 0.9

@@ -107,11 +107,14 @@ def test_an_unsure_vote_stops_and_lists_the_candidates(monkeypatch: pytest.Monke
     voting(monkeypatch, [0.0, 0.1, 0.38, 0.07, 0.45])
     found = find_photographs(toybox.example_subject().folder)
     with pytest.raises(DataError, match=r"not clearly one class: mug 44 %, cat 37 %, dog 10 %") as caught:
-        decided(example(), found)
+        decided(example(base="some/base"), found)
     assert str(caught.value).endswith("pass --class-noun mug, or another")
     voting(monkeypatch, [0.0, 0.1, 0.2, 0.5, 0.1])
     with pytest.raises(DataError, match=r"pass --class-noun with what they show, e\.g\. dog"):
-        decided(example(), found)  # nothing is worth proposing
+        decided(example(base="some/base"), found)  # nothing is worth proposing
+    voting(monkeypatch, [0.0, 0.1, 0.38, 0.07, 0.45])
+    with pytest.raises(DataError, match=r"toybox knows only its toys .*: real things need --base"):
+        decided(example(), found)
 
 
 def test_toybox_judges_its_own_pictures() -> None:

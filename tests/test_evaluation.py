@@ -232,12 +232,17 @@ def test_the_command(tiny_base_folder: Path, photographs: Path, files: Path, tmp
         (("--adapter", "none.safetensors"), "does not exist"),
         (("--adapter", "dog.safetensors", "--compare", "dog.safetensors"), "two candidates are called 'dog'"),
         (("--adapter", "dog.safetensors", "--image-encoder", "."), "cannot be loaded"),
+        (("--adapter", "."), "is a folder: pass a fully tuned model's with --tuned"),
+        (("--tuned", "dog.safetensors"), "is a file: pass an adapter's with --adapter"),
+        (("--adapter", "base.safetensors"), "a candidate is called 'base'"),
+        (("--adapter", "dog.safetensors", "--class-noun", " "), "--class-noun is empty"),
     ],
 )
 def test_refusals_are_one_line(
     words: tuple[str, ...], said: str, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files)
+    (files / "base.safetensors").write_bytes((files / "dog.safetensors").read_bytes())
     done = run("--instance-data-dir", str(photographs), *words)
     assert done.exit_code in (1, 2)
     assert done.stderr.startswith("Error: ")
@@ -249,6 +254,11 @@ def test_one_photograph_is_not_enough(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
     with pytest.raises(DataError, match="holds 1 photograph"):
         load_photographs(tmp_path, 32)
+
+
+def test_an_adapter_of_another_noun_is_told(files: Path) -> None:
+    with pytest.warns(UserWarning, match="has no cat in it: was it trained with another --class-noun"):
+        assert load_candidate(files / "dog.safetensors", "cat").subject.endswith("dog")
 
 
 def test_an_adapter_without_words_asks_for_them(base: Base, tmp_path: Path) -> None:

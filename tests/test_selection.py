@@ -20,8 +20,8 @@ from dbadapter.adapter_file import read_adapter
 from dbadapter.cli import main
 from dbadapter.config import TrainConfig
 from dbadapter.curve import SIZE, draw_curve
-from dbadapter.errors import ConfigError, DataError, UsageError
-from dbadapter.evaluation import overall
+from dbadapter.errors import BaseError, ConfigError, DataError, UsageError
+from dbadapter.evaluation import Evaluator, Scores, overall
 from dbadapter.evaluation_prompts import LIVE, OBJECT, selection_prompts
 from dbadapter.selection import Selection, exhausted
 from dbadapter.training import Run, train
@@ -94,7 +94,7 @@ def test_it_ends_when_no_score_gets_better(config: TrainConfig, monkeypatch: pyt
     again = train(replace(config, resume=True))
     assert again.finished_before
     assert again.adapter_path.stat().st_mtime_ns == result.adapter_path.stat().st_mtime_ns
-    assert again.chosen_step is None or again.chosen_step == 3
+    assert again.chosen_step == 3
 
 
 def test_a_run_that_ended_goes_on_with_new_patience(
@@ -110,6 +110,19 @@ def test_scores_of_nothing_choose_the_last_step(config: TrainConfig, monkeypatch
     scripted(monkeypatch, *[0.0] * 9)
     result = train(replace(config, max_train_steps=6))
     assert (result.steps, result.chosen_step, result.last_path) == (6, 6, None)
+
+
+def test_pictures_that_are_not_finite_score_nothing(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Scores:
+        raise BaseError("the model gave values that are not finite (NaN)")
+
+    monkeypatch.setattr(Evaluator, "score", broken)
+    result = train(replace(config, max_train_steps=4))
+    assert (result.steps, result.chosen_step) == (4, 4)
+    assert {line["score"] for line in lines(config) if "score" in line} == {0.0}
+    assert {line["class_spread"] for line in lines(config) if "score" in line} == {0.0}
 
 
 def test_a_resumed_run_remembers_its_scores(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,12 @@ def evaluate(
         raise UsageError("give what is scored: --adapter FILE, --tuned FOLDER, or --compare PATH PATH...")
     if more and not compare:
         raise UsageError(f"{more[0]}: paths follow --compare; for one adapter pass --adapter FILE")
+    if not class_noun.strip():
+        raise UsageError("--class-noun is empty: pass what the subject is, e.g. dog")
+    if adapter is not None and adapter.is_dir():
+        raise UsageError(f"--adapter {adapter} is a folder: pass a fully tuned model's with --tuned")
+    if tuned is not None and tuned.is_file():
+        raise UsageError(f"--tuned {tuned} is a file: pass an adapter's with --adapter")
     _check_outputs(json_path, report_path, overwrite)
     from dbadapter.evaluation_report import ReportPictures, report_page
 
@@ -141,7 +147,9 @@ def _report(
 
     candidates = [evaluation.load_candidate(path, class_noun, identifier) for path in paths]
     names = [candidate.name for candidate in candidates]
-    if twice := next((name for name in names if names.count(name) > 1 or name == "base"), None):
+    if "base" in names:
+        raise UsageError("a candidate is called 'base', as the base itself is in the report: rename it")
+    if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(
             f"two candidates are called {twice!r}: rename one, the report tells them apart by name"
         )
