@@ -61,7 +61,7 @@ def search(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
         if run["stage"] == "search":
             found.setdefault(run["method"], {}).setdefault(f"{run['rate']:g}", []).append(run["score"])
     return {
-        method: {rate: round(sum(scores) / len(scores), 4) for rate, scores in rates.items()}
+        method: {rate: round(sum(rates[rate]) / len(rates[rate]), 4) for rate in sorted(rates, key=float)}
         for method, rates in found.items()
     }
 

@@ -13,7 +13,7 @@ pytest.importorskip("numba", reason="the benchmarks draw their own pictures")
 import click
 from click.testing import CliRunner
 
-from benchmarks import quality, select
+from benchmarks import quality, quality_table, select
 from benchmarks.quality_figures import FIGURES, best_rates, search, summary, table
 from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SEEDS, SUBJECTS, share, works
 from benchmarks.quality_plot import SIZE, pareto
@@ -128,6 +128,22 @@ def test_targets_by_hand() -> None:
     lost = round(1 - (0.95 * 0.9) ** (1 / 3), 4), round(1 - (0.4 * 0.85 * 0.5) ** (1 / 3), 4)
     assert kept["all"] == {"with": lost[0], "without": lost[1], "met": True}
     assert kept["class_spread"] == {"with": 0.1, "without": 0.15, "met": False}
+
+
+def test_tables_of_the_readme(tmp_path: Path) -> None:
+    runs = [line("adapter", s, 0, 0.5, bytes=460_000, rate=2e-3) for s in "abc"]
+    runs += [line("full", s, 0, 0.25, bytes=73_800_000, cpu_seconds=99.6) for s in "abc"]
+    runs += [
+        line("full", SEARCH_SUBJECTS[0].name, 0, 0, "search", score=0.8, rate=rate) for rate in (5e-5, 2e-3)
+    ]
+    (tmp_path / "q.json").write_text(json.dumps(summary(runs)))
+    shown = quality_table.means(tmp_path / "q.json").splitlines()
+    assert len({row.count("|") for row in shown}) == 1
+    assert "| `full`: full fine-tuning, UNet and text encoder | 0.001 | 3 x 1 | .25 |" in shown[-1]
+    assert shown[-1].endswith("| 100 | 0 | 73.8 MB |")
+    assert shown[-2].endswith("| 460 kB |")
+    assert "| **-.25 [-.25, -.25]** |" in quality_table.compared(tmp_path / "q.json")
+    assert quality_table.searched(tmp_path / "q.json") == "- `full`: 5e-05: **.80**, 0.002: **.80**"
 
 
 def test_a_line_that_was_cut_is_run_again(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""The tables of `benchmarks.quality` in benchmarks/README.md, from its JSON; `make benchmarks-readme`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.findings import RESULTS
+
+__all__ = ["compared", "means", "searched"]
+
+FILE = RESULTS / "quality.json"
+MEANS = {
+    "likeness": "likeness",
+    "context_agreement": "place shown",
+    "prior_preservation": "PRES",
+    "diversity": "DIV",
+    "class_fidelity": "class is class",
+    "forgotten": "forgotten",
+    "drift": "drift",
+    "score": "score",
+}
+DIFFERENCES = ("score", "likeness", "context_agreement", "forgotten")
+
+
+def means(path: Path = FILE) -> str:
+    """Return every method's means as a Markdown table, in the plan's order, the base's row first."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    head = ["method", "rate", "runs", *MEANS.values(), "CPU s", "peak MB", "file"]
+    before = found["before"]
+    base = [_value(before[name]) if name in before else "" for name in MEANS]
+    rows = [["the base, untrained", "", "", *base, "", "", ""]]
+    for name, about in found["methods"].items():
+        shown = [_value(about[figure]["value"]) for figure in MEANS]
+        cost = [f"{about[figure]['value']:.0f}" for figure in ("cpu_seconds", "peak_memory_mb")]
+        rates = ", ".join(f"{rate:g}" for rate in about["learning_rate"])
+        runs = f"{about['subjects']} x {about['seeds']}"
+        cost.append(_size(about["bytes"]["value"]))
+        rows.append([f"`{name}`: {about['about']}", rates, runs, *shown, *cost])
+    return _table(head, rows)
+
+
+def compared(path: Path = FILE) -> str:
+    """Return each method's differences from the default with their intervals as a Markdown table.
+
+    Bold: the interval does not hold 0. Only subjects and seeds that both have are compared.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for name, about in found["methods"].items():
+        if pairs := about.get("minus_default"):
+            cells = [_difference(pairs[figure]) for figure in DIFFERENCES if figure in pairs]
+            rows.append([f"`{name}`", str(next(iter(pairs.values()))["count"]), *cells])
+    return _table(["minus `adapter`", "pairs", *(MEANS[name] for name in DIFFERENCES)], rows)
+
+
+def searched(path: Path = FILE) -> str:
+    """Return the search's mean scores, a method a line."""
+    found = json.loads(path.read_text(encoding="utf-8"))["search"]
+    lines = []
+    for name, scores in found.items():
+        best = max(scores.values())
+        told = (f"{rate}: {'**' if score == best else ''}{_value(score)}{'**' if score == best else ''}"
+                for rate, score in scores.items())  # fmt: skip
+        lines.append(f"- `{name}`: {', '.join(told)}")
+    return "\n".join(lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _value(value: float, sign: str = "") -> str:
+    text = f"{round(value, 2) + 0.0:{sign}.2f}"  # + 0.0: no minus before nothing
+    return text.replace("0.", ".", 1) if abs(value) < 0.995 else text
+
+
+def _difference(figure: Mapping[str, float]) -> str:
+    value, low, high = (_value(figure[part], "+") for part in ("value", "low", "high"))
+    text = f"{value} [{low}, {high}]"
+    return f"**{text}**" if figure["low"] > 0 or figure["high"] < 0 else text
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
