@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from dbadapter.base_folder import TOYBOX, detect_family, find_base, load_pipeline, load_tokenizers
+from dbadapter.base_folder import TOYBOX, detect_family, find_base, is_toybox, load_pipeline, load_tokenizers
 from dbadapter.errors import BaseError, DataError, UsageError
 from dbadapter.single_file import inspect_single_file, load_single_file, load_single_file_tokenizer
 
@@ -40,8 +40,9 @@ PREDICTION_TYPES = ("epsilon", "v_prediction")
 class Base:
     """A loaded base model: a diffusers pipeline and what training needs to know about it.
 
-    `family` is "toybox" for the embedded base, else "sd1", "sd2" or "sdxl", told from configs or keys, never
-    from a name. The pipeline is a StableDiffusionPipeline, or a StableDiffusionXLPipeline.
+    `family` is "toybox" for the embedded base and copies of it, else "sd1", "sd2" or "sdxl", told from
+    configs or keys, never from a name. The pipeline is a StableDiffusionPipeline, or a
+    StableDiffusionXLPipeline.
     """
 
     name: str
@@ -170,6 +171,8 @@ def load_base(
     else:
         family = TOYBOX if spec == TOYBOX else detect_family(path)
         pipeline = load_pipeline(path, target, dtype, unet_dtype)
+    if family == "sd1" and is_toybox(pipeline.unet.config):
+        family = TOYBOX
     if prediction_type is not None:
         scheduler = pipeline.scheduler
         pipeline.scheduler = type(scheduler).from_config(scheduler.config, prediction_type=prediction_type)

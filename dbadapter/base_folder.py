@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ __all__ = [
     "detect_family",
     "family_of_unet",
     "find_base",
+    "is_toybox",
+    "is_toybox_on_disk",
     "load_pipeline",
     "load_tokenizer",
     "load_tokenizers",
@@ -26,6 +28,8 @@ __all__ = [
 ]
 
 TOYBOX = "toybox"
+# What no other published base has.
+_TOYBOX_UNET = {"sample_size": 16, "cross_attention_dim": 128, "block_out_channels": [64, 128, 192]}
 SD2_WIDTH = 1024  # cross_attention_dim of SD2.x (OpenCLIP ViT-H); SD1.x has 768 (CLIP ViT-L)
 
 # Part -> (stem of its weights' file, its class).
@@ -88,6 +92,26 @@ def family_of_unet(config: Mapping[str, Any], *, two_encoders: bool) -> str:
         return "sdxl"
     linear = bool(config.get("use_linear_projection", False))
     return "sd2" if linear or config.get("cross_attention_dim") == SD2_WIDTH else "sd1"
+
+
+def is_toybox(unet: Mapping[str, Any]) -> bool:
+    """Tell from a UNet's config whether it is toybox's: a copy of it, tuned or merged, is toybox still."""
+    return all(_plain(unet.get(name)) == value for name, value in _TOYBOX_UNET.items())
+
+
+def is_toybox_on_disk(spec: str) -> bool:
+    """Tell whether a base is toybox, or a copy of it in a folder or a file, without loading it."""
+    if spec == TOYBOX:
+        return True
+    with suppress(OSError, ValueError, AttributeError, RuntimeError):
+        path = Path(spec).expanduser()
+        config = (path if path.is_dir() else path.with_suffix("")) / "unet" / "config.json"
+        return is_toybox(json.loads(config.read_text(encoding="utf-8")))
+    return False
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def detect_family(folder: Path) -> str:

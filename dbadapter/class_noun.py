@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dbadapter.base_folder import is_toybox_on_disk
 from dbadapter.config import AUTO, TrainConfig, indefinite, read_toml
 from dbadapter.encoders import DEFAULT_ENCODER, efficientnet_lite2, load_text_image_encoder, toybox_nouns
 from dbadapter.errors import ConfigError, DataError, UsageError
@@ -134,7 +135,7 @@ def load_classifier(config: TrainConfig) -> Classifier:
     """
     if config.class_noun_classifier is not None:
         return _clip(config.class_noun_classifier, config.class_nouns)
-    if config.base == TrainConfig.base:  # it knows no other nouns
+    if is_toybox_on_disk(config.base):  # it knows no other nouns
         nouns, probabilities = toybox_nouns()
         return Classifier(
             "toybox's classifier", nouns, nouns, probabilities, several_views=False, sure=SURE_ON_TOYBOX
@@ -260,7 +261,7 @@ def _sure(vote: Vote, config: TrainConfig) -> str:
         return vote.noun
     shares = ", ".join(f"{noun} {_percent(share)}" for noun, share in vote.candidates)
     cure = "--class-noun with what they show, e.g. dog"
-    if config.base == TrainConfig.base and config.class_noun_classifier is None:
+    if is_toybox_on_disk(config.base) and config.class_noun_classifier is None:
         # Of anything else its classifier knows nothing, however sure it is.
         cure += f"; toybox knows only its toys ({', '.join(toybox_nouns()[0])}): real things need --base"
     elif vote.share >= PLAUSIBLE:

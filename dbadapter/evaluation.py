@@ -21,7 +21,7 @@ from dbadapter.encoders import Encoder, PromptJudge
 from dbadapter.errors import AdapterError, BaseError, DataError, UsageError
 from dbadapter.evaluation_prompts import Prompts
 from dbadapter.photographs import find_photographs, load_crop
-from dbadapter.sampling import Picture, generate_pictures
+from dbadapter.sampling import Picture, default_guidance, generate_pictures
 
 __all__ = [
     "Candidate",
@@ -48,7 +48,8 @@ class Settings:
     Attributes:
         num_images_per_prompt: seeds of every prompt; the paper takes 4.
         num_class_images: of the class prompt, for prior preservation and diversity.
-        num_inference_steps, guidance_scale: as in `generate_pictures`.
+        num_inference_steps: denoising steps.
+        guidance_scale: of classifier-free guidance; None is the base's family's, for tuned models too.
         seed: of the first picture; all candidates share their seeds.
         batch_size: pictures denoised together.
         resolution: pixels a side; None is the base's own.
@@ -179,6 +180,9 @@ class Evaluator:
 
     def score_base(self, pipeline: Any, progress: Callable[[int, int], None] | None = None) -> Scores:
         """Score the base itself, asked for the class in place of the subject; `score` needs it first."""
+        if self.settings.guidance_scale is None:
+            # A tuned model's own could be another, and the two would not compare.
+            self.settings = replace(self.settings, guidance_scale=default_guidance(pipeline))
         drawn = self._draw(pipeline, self.class_noun, progress)
         self._before = self.encoder.embed(drawn["unrelated"]) if drawn["unrelated"] else torch.zeros(0, 1)
         return self._scores(drawn, self._before)

@@ -26,6 +26,7 @@ from dbadapter.presets import PRESETS
 __all__ = [
     "Picture",
     "check_pictures_folder",
+    "default_guidance",
     "generate_pictures",
     "grid",
     "is_ours",
@@ -109,7 +110,7 @@ def generate_pictures(
         BaseError: the model gave values that are not finite.
     """
     if guidance_scale is None:
-        guidance_scale = PRESETS.get(getattr(pipeline, "family", ""), PRESETS["sd1"]).guidance_scale
+        guidance_scale = default_guidance(pipeline)
     _check_request(
         pipeline,
         prompts,
@@ -297,6 +298,11 @@ def _decode_large_ones_singly(pipeline: Any, height: int | None, width: int | No
     usual = int(unet.config.sample_size) * 2 ** (len(vae.config.block_out_channels) - 1)
     if (height or usual) * (width or usual) > DECODED_TOGETHER:
         vae.enable_slicing()
+
+
+def default_guidance(pipeline: Any) -> float:
+    """Return the guidance scale of a pipeline's family, which ours carry; 7.5 for any other pipeline."""
+    return PRESETS.get(getattr(pipeline, "family", ""), PRESETS["sd1"]).guidance_scale
 
 
 def _denoise(

@@ -21,9 +21,10 @@ from dbadapter.base import (
     pick_precision,
     tokenize,
 )
-from dbadapter.base_folder import detect_family
+from dbadapter.base_folder import detect_family, is_toybox_on_disk
 from dbadapter.conditioning import encode_prompts
 from dbadapter.errors import BaseError, DataError, UsageError
+from dbadapter.model_folder import write_model_folder
 
 
 @pytest.fixture
@@ -54,6 +55,17 @@ def test_toybox_is_its_own_family() -> None:
     assert (base.name, base.family, base.resolution) == ("toybox", "toybox", 64)
     assert base.prediction_type == "v_prediction"
     assert base.pipeline.family == "toybox"  # its pictures take the guidance scale by it
+
+
+def test_a_copy_of_toybox_is_toybox(tmp_path: Path, tiny_base_folder: Path) -> None:
+    """Tuned or merged, it still wants toybox's guidance and presets, and its judges know it."""
+    write_model_folder(load_base("toybox", device="cpu").pipeline, tmp_path / "tuned")
+    copy = load_base(str(tmp_path / "tuned"), device="cpu")
+    assert (copy.name, copy.family, copy.pipeline.family) == ("tuned", "toybox", "toybox")
+    assert is_toybox_on_disk(str(tmp_path / "tuned"))
+    assert is_toybox_on_disk("toybox")
+    assert not is_toybox_on_disk(str(tiny_base_folder))
+    assert not is_toybox_on_disk("some/base")
 
 
 def test_family_comes_from_configs_not_from_the_name(folder: Path) -> None:

@@ -168,6 +168,20 @@ def test_a_tuned_model_needs_its_word(base: Base, photographs: Path, tmp_path: P
     assert report["figures"]["tuned"]["drift"]["value"] == pytest.approx(0, abs=1e-5)
 
 
+def test_a_tuned_model_is_drawn_with_the_bases_guidance(photographs: Path, tmp_path: Path) -> None:
+    """An SD1 of its own folder would be drawn with 7.5, the base of a family with 3 beside it."""
+    toybox = load_base("toybox", device="cpu")
+    write_model_folder(toybox.pipeline, tmp_path / "tuned")
+    shown, candidate = load_photographs(photographs, 64), load_candidate(tmp_path / "tuned", "dog", "sks")
+    few = Settings(num_images_per_prompt=1, num_class_images=2, num_inference_steps=2)
+    judge = evaluation.Evaluator(shown, PROMPTS, "dog", PIXELS, settings=few)
+    judge.score_base(toybox.pipeline)
+    assert judge.settings.guidance_scale == 3
+    tuned = load_base(str(candidate.path), device="cpu").pipeline
+    tuned.family = "sd1"
+    assert judge.score(tuned, candidate.subject).figures["drift"]["value"] == pytest.approx(0, abs=1e-5)
+
+
 def test_the_paper_has_25_prompts_of_each_kind() -> None:
     assert len(OBJECT) == len(LIVE) == len(set(OBJECT)) == len(set(LIVE)) == 25
     assert all(template.count("{}") == 1 for template in (*OBJECT, *LIVE))
