@@ -400,8 +400,7 @@ def check_candidates(base: Base, candidates: Sequence[Candidate]) -> None:
             raise AdapterError(f"{candidate.path}: {error}") from error
         if candidate.adapter is None:
             family = load_base(str(candidate.path)).family
-            # A toybox saved as a folder is of SD1's family to whoever reads it.
-            if family != base.family and {family, base.family} != {"toybox", "sd1"}:
+            if family != base.family:
                 raise BaseError(
                     f"{candidate.path} is of the family {family}, the base of {base.family}: pass the --base "
                     "that it was tuned from"

@@ -150,7 +150,7 @@ def test_toybox_as_a_single_file(tmp_path: Path) -> None:
     bake(base, {synthetic_adapter(base, rank=2): 0.5})
     assert write_base(base, tmp_path / "model.safetensors") == tmp_path / "model"
     read = load(tmp_path / "model.safetensors")
-    assert read.family == "sd1"  # how it is built
+    assert read.family == "toybox"
     assert_same(state(read), state(base))
     assert read.resolution == base.resolution
 
