@@ -50,7 +50,7 @@ def _rank(rank: int, rate_of: str) -> Method:
 
 #: One factor at a time around the defaults; the `main` ones get all their seeds first.
 METHODS: Mapping[str, Method] = {
-    "adapter": Method("adapter: the defaults (rank 8)", "adapter", main=True),
+    "adapter": Method("the defaults: rank 8, distilled prior", "adapter", main=True),
     "full": Method("full fine-tuning, UNet and text encoder", "full", ("--full",), main=True),
     "adapter-no-prior": Method("adapter without a prior", "adapter", ("--prior", "none"), main=True),
     "full-no-prior": Method("full, without a prior", "full", ("--full", "--prior", "none"), main=True),
