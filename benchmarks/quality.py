@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import click
+import torch
 
 from benchmarks import report
-from benchmarks.quality_figures import best_rates, summary
-from benchmarks.quality_plan import METHODS, Work, part_of, share, works
+from benchmarks.quality_figures import best_rates, fresh, summary
+from benchmarks.quality_plan import METHODS, QUICK, SETTINGS, Work, part_of, recipe, share, works
 from benchmarks.quality_plot import pareto
 from benchmarks.toybox_runs import Bench, append, read_runs, sheet, train
-from dbadapter.evaluation import Settings
 
 RUNS = Path("benchmarks/results/quality.jsonl")
-SETTINGS = Settings(num_images_per_prompt=3, num_class_images=18, num_inference_steps=20, batch_size=9)
-QUICK = Settings(num_images_per_prompt=1, num_class_images=2, num_inference_steps=2, batch_size=9)
 
 
 def run(bench: Bench, work: Work, *, quick: bool) -> dict[str, Any]:
@@ -49,8 +47,11 @@ def run(bench: Bench, work: Work, *, quick: bool) -> dict[str, Any]:
         "seed": work.seed,
         "rate": work.rate,
         "quick": quick,
+        "recipe": recipe(work.method, quick=quick),
+        "guidance_scale": evaluator.settings.guidance_scale,
         **figures,
         **asdict(cost),
+        "threads": torch.get_num_threads(),
         "machine": report.machine(),
     }
 
@@ -96,7 +97,8 @@ def main(
             work_list = [w for w in work_list if w.subject == work_list[0].subject]
         mine = share(list(dict.fromkeys(work.subject for work in work_list)), process)
         for work in work_list:
-            if work.subject not in mine or work.key in {each["key"] for each in read_runs(runs_path)}:
+            done = {each["key"] for each in fresh(read_runs(runs_path))}
+            if work.subject not in mine or work.key in done:
                 continue
             if seconds is not None and time.perf_counter() - start > seconds:
                 break

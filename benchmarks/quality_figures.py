@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED
+from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SUBJECTS, recipe
 from dbadapter import metrics
 
-__all__ = ["best_rates", "forgotten", "search", "summary"]
+__all__ = ["best_rates", "forgotten", "fresh", "search", "summary"]
 
 #: Between 0 and 1 by their definition: so are the ends of their intervals.
 SHARES = frozenset(
@@ -25,6 +25,7 @@ SHARES = frozenset(
         "class_spread",
         "class_fidelity",
         "class_obedience",
+        "unrelated_fidelity",
         "forgotten",
         "score",
     }
@@ -46,6 +47,7 @@ FIGURES = (
     "class_obedience",
     "forgotten",
     "drift",
+    "unrelated_fidelity",
     "score",
     "nearest_photograph",
     "cpu_seconds",
@@ -54,28 +56,35 @@ FIGURES = (
 )
 
 
-def search(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    """Return searched method -> rate -> mean score over the search's subjects."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for run in runs:
-        if run["stage"] == "search":
-            found.setdefault(run["method"], {}).setdefault(f"{run['rate']:g}", []).append(run["score"])
-    return {
-        method: {rate: round(sum(rates[rate]) / len(rates[rate]), 4) for rate in sorted(rates, key=float)}
-        for method, rates in found.items()
-    }
+def fresh(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs that were made as their method's are made now."""
+    return [run for run in runs if run.get("recipe") == recipe(run["method"], quick=run["quick"])]
+
+
+def search(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return searched method -> rate -> mean score, likeness and what was forgotten, over its subjects."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for method, rates in SEARCHED.items():
+        for rate in rates:
+            rows = [
+                run for run in runs if (run["stage"], run["method"], run["rate"]) == ("search", method, rate)
+            ]
+            if {run["subject"] for run in rows} >= {subject.name for subject in SEARCH_SUBJECTS}:
+                found.setdefault(method, {})[f"{rate:g}"] = {
+                    "score": _mean([run["score"] for run in rows]),
+                    "likeness": _mean([run["likeness"] for run in rows]),
+                    "forgotten": _mean([forgotten(run) for run in rows]),
+                }
+    return found
 
 
 def best_rates(runs: Sequence[Run]) -> dict[str, float]:
     """Return searched method -> the rate with the best mean score, for those whose search is complete."""
-    done = {(run["method"], run["rate"], run["subject"]) for run in runs if run["stage"] == "search"}
-    complete = [
-        method
-        for method, rates in SEARCHED.items()
-        if {(method, rate, subject.name) for rate in rates for subject in SEARCH_SUBJECTS} <= done
-    ]
-    found = search(runs)
-    return {method: float(max(found[method], key=lambda rate: found[method][rate])) for method in complete}
+    return {
+        method: float(max(rates, key=lambda rate: rates[rate]["score"]))
+        for method, rates in search(runs).items()
+        if len(rates) == len(SEARCHED[method])
+    }
 
 
 def forgotten(run: Run) -> float:
@@ -99,13 +108,13 @@ def table(runs: Sequence[Run], method: str, figure: str) -> Tensor:
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
     """Return the search, means with intervals over subjects and seeds, and differences from the default."""
     methods: dict[str, Any] = {}
-    best = best_rates(runs)
-    searched = search(runs)
+    runs = fresh(runs)
+    best, searched = best_rates(runs), search(runs)
     # A search that went on may have found another rate: runs at the one before it count no more.
     runs = [
         run
         for run in runs
-        if run["stage"] == "compare" and run["rate"] == best.get(METHODS[run["method"]].rate_of, run["rate"])
+        if run["stage"] == "compare" and run["rate"] == best.get(METHODS[run["method"]].rate_of)
     ]
     for name, method in METHODS.items():
         first = table(runs, name, "score")
@@ -115,36 +124,36 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         methods[name] = {
             "about": method.about,
             "options": list(method.options),
-            "learning_rate": sorted({run["rate"] for run in runs if run["method"] == name}),
+            "learning_rate": best[method.rate_of],
             "subjects": first.shape[0],
             "seeds": first.shape[1],
             **figures,
         }
         if name != DEFAULT and (pairs := _pairs(runs, name)):
             methods[name]["minus_default"] = pairs
+    # Of the base each subject counts once, however many runs it has.
+    first_of = list({run["subject"]: run for run in runs}.values())
     before = {
-        name: _mean([run["before"][name] for run in runs]) for name in (runs[0]["before"] if runs else ())
+        name: _mean([run["before"][name] for run in first_of])
+        for name in (first_of[0]["before"] if first_of else ())
     }
     return {
         "compared": len(runs),
-        "before": before | {"ceiling": _mean([run["ceiling"] for run in runs])},
+        "before": before | {"ceiling": _mean([run["ceiling"] for run in first_of])},
         "search": searched,
         # Another rate beyond it may do better still.
         "best_at_the_edge": [
             name for name, rate in best.items() if rate in (min(SEARCHED[name]), max(SEARCHED[name]))
         ],
         "methods": methods,
-        "targets": _targets(methods),
+        "targets": _targets(runs),
     }
 
 
 def _pairs(runs: Sequence[Run], name: str) -> dict[str, Any]:
     """Return the differences from the default over the subjects and seeds that both have."""
 
-    def of(method: str) -> set[tuple[str, int]]:
-        return {(run["subject"], run["seed"]) for run in runs if run["method"] == method}
-
-    both = of(name) & of(DEFAULT)
+    both = _done(runs, name) & _done(runs, DEFAULT)
     shared = [run for run in runs if (run["subject"], run["seed"]) in both]
     if not both:
         return {}
@@ -156,21 +165,31 @@ def _pairs(runs: Sequence[Run], name: str) -> dict[str, Any]:
     return found
 
 
-def _targets(methods: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what was to be reached, and whether it was."""
-    if not {"adapter", "full", "adapter-no-prior"} <= methods.keys():
+def _targets(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return what was to be reached, and whether it was, over the subjects and seeds that all three have."""
+    ours, full, bare = names = ("adapter", "full", "adapter-no-prior")
+    shared = set.intersection(*(_done(runs, name) for name in names))
+    if not shared:
         return {}
-    ours, full, bare = (methods[name] for name in ("adapter", "full", "adapter-no-prior"))
-    if "minus_default" not in full:
-        return {}
-    difference = full["minus_default"]["subject_fidelity"]
-    kept = {
-        part: (1 - ours[part]["value"], 1 - bare[part]["value"]) for part in ("class_kept", "class_spread")
-    } | {"all": (ours["forgotten"]["value"], bare["forgotten"]["value"])}
+    runs = [run for run in runs if (run["subject"], run["seed"]) in shared]
+
+    def of(method: str, figure: str) -> float:
+        return float(table(runs, method, figure).mean())
+
+    lost = {part: (1 - of(ours, part), 1 - of(bare, part)) for part in ("class_kept", "class_spread")} | {
+        "all": (of(ours, "forgotten"), of(bare, "forgotten"))
+    }
+    difference = metrics.difference(
+        table(runs, full, "subject_fidelity"), table(runs, ours, "subject_fidelity")
+    )
+    subjects = {subject for subject, _ in shared}
     return {
+        "subjects": len(subjects),
+        "runs": len(shared),
         "fidelity_at_least_full_minus_interval": {
-            "full_minus_adapter": difference,
-            "met": difference["low"] <= 0,
+            "full_minus_adapter": _rounded(difference),
+            # Few runs have wide intervals, which hold anything.
+            "met": difference.low <= 0 and len(subjects) == len(SUBJECTS),
         },
         "forgetting_at_most_half_of_no_prior": {
             part: {
@@ -178,17 +197,21 @@ def _targets(methods: Mapping[str, Any]) -> dict[str, Any]:
                 "without": round(bare_lost, 4),
                 "met": ours_lost <= bare_lost / 2,
             }
-            for part, (ours_lost, bare_lost) in kept.items()
+            for part, (ours_lost, bare_lost) in lost.items()
         },
         "file_50_times_smaller": {
-            "ratio": round(full["bytes"]["value"] / ours["bytes"]["value"], 1),
-            "met": full["bytes"]["value"] >= 50 * ours["bytes"]["value"],
+            "ratio": round(of(full, "bytes") / of(ours, "bytes"), 1),
+            "met": of(full, "bytes") >= 50 * of(ours, "bytes"),
         },
         "memory_below_full": {
-            "ratio": round(ours["peak_memory_mb"]["value"] / full["peak_memory_mb"]["value"], 3),
-            "met": ours["peak_memory_mb"]["value"] < full["peak_memory_mb"]["value"],
+            "ratio": round(of(ours, "peak_memory_mb") / of(full, "peak_memory_mb"), 3),
+            "met": of(ours, "peak_memory_mb") < of(full, "peak_memory_mb"),
         },
     }
+
+
+def _done(runs: Sequence[Run], method: str) -> set[tuple[str, int]]:
+    return {(run["subject"], run["seed"]) for run in runs if run["method"] == method}
 
 
 def _mean_of(values: Tensor, figure: str) -> dict[str, float]:
@@ -202,5 +225,5 @@ def _rounded(figure: metrics.Figure) -> dict[str, float]:
     return {key: round(value, 4) for key, value in asdict(figure).items()}
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return round(sum(values) / len(values), 4) if values else None
+def _mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 4) if values else 0.0

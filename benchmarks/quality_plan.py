@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import product
 
 import click
 
-from dbadapter.toybox.subjects import Subject
+from dbadapter.evaluation import Settings
+from dbadapter.presets import PRESETS
+from dbadapter.toybox.subjects import TEST_CONTEXTS, Subject
 
 __all__ = [
     "METHODS",
+    "QUICK",
     "SEARCHED",
     "SEARCH_SUBJECTS",
     "SEEDS",
+    "SETTINGS",
     "SUBJECTS",
     "Method",
     "Work",
     "part_of",
+    "recipe",
     "share",
     "works",
 ]
@@ -78,7 +85,8 @@ SUBJECTS = tuple(
     Subject(noun, 100 + i)
     for i, noun in enumerate(("mug", "teapot", "house", "robot", "rocket", "boat", "bottle", "dog"))
 )
-SEEDS = (0, 1, 2)
+#: Far apart: a run draws its class pictures with its seed and the ones after it.
+SEEDS = (0, 100, 200)
 #: Rates are searched on other subjects, of other nouns.
 SEARCH_SUBJECTS = (Subject("car", 200), Subject("fish", 201))
 SEARCHED: Mapping[str, tuple[float, ...]] = {
@@ -88,6 +96,30 @@ SEARCHED: Mapping[str, tuple[float, ...]] = {
     "full-unet": (2.5e-5, 5e-5, 1e-4, 2e-4),
     "no-text-encoder": (1e-3, 2e-3, 4e-3),
 }
+
+
+#: How a run is scored: 18 pictures of the subject (six places), 18 of the class, 18 of other things.
+SETTINGS = Settings(num_images_per_prompt=3, num_class_images=18, num_inference_steps=20, batch_size=9)
+QUICK = Settings(num_images_per_prompt=1, num_class_images=2, num_inference_steps=2, batch_size=9)
+#: What a search sets itself; the rest of the preset is part of a run's recipe.
+_RATES = (
+    "learning_rate",
+    "text_encoder_learning_rate",
+    "full_learning_rate",
+    "full_text_encoder_learning_rate",
+)
+
+
+def recipe(method: str, *, quick: bool = False) -> str:
+    """Return a short hash of what a method's runs have in common: options, defaults, scoring.
+
+    A run of another recipe, from before a default was changed, is made again and counts no more.
+    """
+    defaults = {
+        name: value for name, value in asdict(PRESETS["toybox"]).items() if name not in ("sources", *_RATES)
+    }
+    told = [METHODS[method].options, defaults, asdict(QUICK if quick else SETTINGS), TEST_CONTEXTS]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

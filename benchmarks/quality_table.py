@@ -17,11 +17,12 @@ MEANS = {
     "prior_preservation": "PRES",
     "diversity": "DIV",
     "class_fidelity": "class is class",
-    "forgotten": "forgotten",
+    "forgotten": "forgotten of its class",
     "drift": "drift",
+    "unrelated_fidelity": "others as asked",
     "score": "score",
 }
-DIFFERENCES = ("score", "likeness", "context_agreement", "forgotten")
+DIFFERENCES = ("score", "likeness", "context_agreement", "forgotten", "drift", "unrelated_fidelity")
 
 
 def means(path: Path = FILE) -> str:
@@ -34,10 +35,10 @@ def means(path: Path = FILE) -> str:
     for name, about in found["methods"].items():
         shown = [_value(about[figure]["value"]) for figure in MEANS]
         cost = [f"{about[figure]['value']:.0f}" for figure in ("cpu_seconds", "peak_memory_mb")]
-        rates = ", ".join(f"{rate:g}" for rate in about["learning_rate"])
+        rate = f"{about['learning_rate']:g}"
         runs = f"{about['subjects']} x {about['seeds']}"
         cost.append(_size(about["bytes"]["value"]))
-        rows.append([f"`{name}`: {about['about']}", rates, runs, *shown, *cost])
+        rows.append([f"`{name}`: {about['about']}", rate, runs, *shown, *cost])
     return _table(head, rows)
 
 
@@ -56,15 +57,23 @@ def compared(path: Path = FILE) -> str:
 
 
 def searched(path: Path = FILE) -> str:
-    """Return the search's mean scores, a method a line."""
+    """Return the search's means as a Markdown table, the best score of each method bold."""
     found = json.loads(path.read_text(encoding="utf-8"))["search"]
-    lines = []
-    for name, scores in found.items():
-        best = max(scores.values())
-        told = (f"{rate}: {'**' if score == best else ''}{_value(score)}{'**' if score == best else ''}"
-                for rate, score in scores.items())  # fmt: skip
-        lines.append(f"- `{name}`: {', '.join(told)}")
-    return "\n".join(lines)
+    rows = []
+    for name, rates in found.items():
+        best = max(about["score"] for about in rates.values())
+        for rate, about in rates.items():
+            score = _value(about["score"])
+            rows.append(
+                [
+                    f"`{name}`",
+                    rate,
+                    f"**{score}**" if about["score"] == best else score,
+                    _value(about["likeness"]),
+                    _value(about["forgotten"]),
+                ]
+            )
+    return _table(["method", "rate", "score", "likeness", "forgotten of its class"], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

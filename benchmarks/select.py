@@ -21,8 +21,7 @@ import click
 import torch
 
 from benchmarks import report
-from benchmarks.quality import QUICK, SETTINGS
-from benchmarks.quality_plan import SUBJECTS, part_of, share
+from benchmarks.quality_plan import QUICK, SETTINGS, SUBJECTS, part_of, share
 from benchmarks.toybox_runs import FIGURES, Bench, append, read_runs, sheet, train
 from dbadapter import metrics
 from dbadapter.adapter_file import read_adapter

@@ -36,6 +36,7 @@ FIGURES = (
     "prior_preservation",
     "diversity",
     "drift",
+    "unrelated_fidelity",
 )
 
 

@@ -209,6 +209,13 @@ class Evaluator:
         }
         if len(before):
             tables["drift"] = metrics.drift(self.encoder.embed(drawn["unrelated"]), before).view(-1, seeds)
+            if self.prompt_judge is not None:
+                # Drift says how far they moved; this, whether they are still of what was asked for.
+                asked = [each for each in self.prompts.unrelated for _ in range(seeds)]
+                table = self.prompt_judge.score(drawn["unrelated"], asked)["prompt_fidelity"].view(-1, seeds)
+                table = table[~table.isnan().any(1)]
+                if len(table):
+                    tables["unrelated_fidelity"] = table
         if self.prompt_judge is not None:
             said = [each.format(self.class_noun) for each in self.prompts.subject for _ in range(seeds)]
             for name, values in self.prompt_judge.score(drawn["subject"], said).items():
@@ -224,7 +231,9 @@ class Evaluator:
             values = self.prompt_judge.score(drawn["class"], asked)["prompt_fidelity"]
             if not values.isnan().any():
                 tables["class_fidelity"] = values.view(1, -1)
-        figures: dict[str, Any] = dict.fromkeys(("prompt_fidelity", "class_fidelity", "drift"), NOT_MEASURED)
+        figures: dict[str, Any] = dict.fromkeys(
+            ("prompt_fidelity", "class_fidelity", "unrelated_fidelity", "drift"), NOT_MEASURED
+        )
         figures |= {name: asdict(metrics.estimate(table)) for name, table in tables.items()}
         figures["diversity"] = asdict(metrics.pair_estimate(metrics.distances(of_class)))
         which, cosines = metrics.nearest(subject, self.references)
@@ -339,6 +348,7 @@ def evaluate(
     - class_fidelity: prompt_fidelity of the pictures of the class: are they still pictures of it?
     - diversity: mean 1 - cosine over pairs of pictures of the class; more is better.
     - drift: mean 1 - cosine to the base's picture for the same unrelated prompt and seed.
+    - unrelated_fidelity: prompt_fidelity of those pictures: do they still show what was asked for?
     - nearest_photograph: the largest cosine of a picture and a photograph; near 1, it was memorised.
 
     Beside them "nearest" (each picture of the subject: its nearest photograph, their cosine) and "per_prompt"

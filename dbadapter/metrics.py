@@ -123,15 +123,9 @@ def estimate(values: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
     Args:
         values: shape (prompts, seeds).
     """
-    generator = torch.Generator().manual_seed(seed)
     values = values.double()
-    rows, columns = values.shape
-    # Weights of rows and columns in each draw; w^T V u / (n m) is the mean of the drawn table.
-    w = _counts(rows, draws, generator)
-    u = _counts(columns, draws, generator)
-    means = torch.einsum("dr,rc,dc->d", w, values, u) / values.numel()
-    units = max(rows, columns)
-    if bool(((values == 0) | (values == 1)).all()) and units > 2:
+    means, units = _drawn(values, draws, seed), max(values.shape)
+    if _are_shares(values) and units > 2:
         return _share(float(values.mean()), float(means.var()), units, values.numel())
     return _figure(float(values.mean()), means, units, values.numel())
 
@@ -157,6 +151,11 @@ def pair_estimate(table: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure
 def difference(one: Tensor, other: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
     """Return the mean of one - other, paired by prompt and seed, with its interval: does zero lie in it?
 
+    As in `estimate`; of two shares it is made of Wilson's for what only one and what only the other has
+    right (Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based
+    on paired data", and Zou and Donner 2008 for the square-and-add). Where no pair differs in any other
+    figure the interval has no width: nothing varied.
+
     Args:
         one: shape (prompts, seeds).
         other: of the same prompts and seeds.
@@ -167,7 +166,38 @@ def difference(one: Tensor, other: Tensor, *, draws: int = DRAWS, seed: int = 0)
         raise ValueError(
             f"paired tables must have one shape, got {tuple(one.shape)} and {tuple(other.shape)}"
         )
-    return estimate(one.double() - other.double(), draws=draws, seed=seed)
+    one, other = one.double(), other.double()
+    change = one - other
+    units = max(change.shape)
+    if not (_are_shares(one) and _are_shares(other) and units > 2):
+        return _figure(float(change.mean()), _drawn(change, draws, seed), units, change.numel())
+    won = estimate((change > 0).double(), draws=draws, seed=seed)
+    lost = estimate((change < 0).double(), draws=draws, seed=seed)
+    # A picture that one of them won is none that it lost: the two shares go against each other.
+    room = (1 - won.value) * (1 - lost.value)
+    together = -((won.value * lost.value / room) ** 0.5) if room > 0 else 0.0
+
+    def reach(a: float, b: float) -> float:
+        return float((a * a - 2 * together * a * b + b * b) ** 0.5)
+
+    value = won.value - lost.value
+    low = value - reach(won.value - won.low, lost.high - lost.value)
+    high = value + reach(won.high - won.value, lost.value - lost.low)
+    return Figure(value, max(low, -1.0), min(high, 1.0), change.numel())
+
+
+def _drawn(values: Tensor, draws: int, seed: int) -> Tensor:
+    """Return the means of tables whose rows and columns were drawn with replacement, shape (draws,)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = values.shape
+    # Weights of rows and columns in each draw; w^T V u / (n m) is the mean of the drawn table.
+    w = _counts(rows, draws, generator)
+    u = _counts(columns, draws, generator)
+    return torch.einsum("dr,rc,dc->d", w, values, u) / values.numel()
+
+
+def _are_shares(values: Tensor) -> bool:
+    return bool(((values == 0) | (values == 1)).all())
 
 
 def _units(vectors: Tensor) -> Tensor:

@@ -79,6 +79,9 @@ FIGURES: dict[str, Kind] = {
         "How far unrelated pictures have moved from those that the base draws for the same seed.",
         False,
     ),
+    "unrelated_fidelity": Kind(
+        "Unrelated fidelity", "How well unrelated pictures still show what their prompts ask for.", True
+    ),
     "nearest_photograph": Kind(
         "Nearest photograph",
         "The largest cosine of any picture and any photograph. Near 1 look below whether it was copied.",

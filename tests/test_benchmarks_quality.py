@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from click.testing import CliRunner
 
 from benchmarks import quality, quality_table, select
 from benchmarks.quality_figures import FIGURES, best_rates, search, summary, table
-from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SEEDS, SUBJECTS, share, works
+from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SEEDS, SUBJECTS, recipe, share, works
 from benchmarks.quality_plot import SIZE, pareto
 from benchmarks.toybox_runs import append, read_runs
 from dbadapter.config import TrainConfig
+from dbadapter.presets import PRESETS
 from dbadapter.toybox.subjects import SUBJECTS as TUNED_ON
 
 RATES = {name: rates[0] for name, rates in SEARCHED.items()}
@@ -28,19 +30,31 @@ def line(
     method: str, subject: str, seed: int, value: float, stage: str = "compare", **more: Any
 ) -> dict[str, Any]:
     names = ("subject_fidelity", "prompt_fidelity", "noun_agreement")
+    rate = RATES[METHODS[method].rate_of]
     return {
-        "key": f"{stage}/{method}/{subject}/{seed}/{more.get('rate', 1)}",
+        "key": f"{stage}/{method}/{subject}/{seed}/{more.get('rate', rate)}",
         "stage": stage,
         "method": method,
         "subject": subject,
         "seed": seed,
-        "rate": 1e-3,
+        "rate": rate,
         "quick": False,
+        "recipe": recipe(method, quick=more.get("quick", False)),
         "ceiling": 0.9,
         "before": dict.fromkeys(names, 0.1),
         **dict.fromkeys((name for name in FIGURES if name != "forgotten"), value),
         **more,
     }
+
+
+def searches(**more: Any) -> list[dict[str, Any]]:
+    """A complete search of every method, whose first rate is the best."""
+    return [
+        line(name, subject.name, 0, 0.5, "search", rate=rate, score=0.9 if rate == rates[0] else 0.5, **more)
+        for name, rates in SEARCHED.items()
+        for rate in rates
+        for subject in SEARCH_SUBJECTS
+    ]
 
 
 def test_the_subjects_are_held_out() -> None:
@@ -85,20 +99,34 @@ def test_the_rate_with_the_best_mean_score_wins() -> None:
         for rate, scores in ((1e-3, (0.5, 0.7)), (2e-3, (0.9, 0.1)), (4e-3, (0.65, 0.6)))
         for subject, score in zip(SEARCH_SUBJECTS, scores, strict=True)
     ]
-    assert search(runs) == {"adapter": {"0.001": 0.6, "0.002": 0.5, "0.004": 0.625}}
+    found = {rate: about["score"] for rate, about in search(runs)["adapter"].items()}
+    assert found == {"0.001": 0.6, "0.002": 0.5, "0.004": 0.625}
     assert best_rates(runs) == {"adapter": 4e-3}
     assert summary(runs)["best_at_the_edge"] == ["adapter"]
     assert best_rates(runs[:-1]) == {}
     runs += [line("adapter", "a", 0, 0.7, rate=1e-3), line("adapter", "a", 0, 0.8, rate=4e-3)]
     assert summary(runs)["methods"]["adapter"]["score"]["value"] == pytest.approx(0.8)
-    assert summary(runs)["methods"]["adapter"]["learning_rate"] == [4e-3]
+    assert summary(runs)["methods"]["adapter"]["learning_rate"] == 4e-3
+
+
+def test_runs_of_another_recipe_count_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [*searches(), line("adapter", "a", 0, 0.5), line("adapter", "b", 0, 0.9, recipe="older")]
+    assert summary(runs)["methods"]["adapter"]["subjects"] == 1
+    assert recipe("full") != recipe("adapter") != recipe("adapter", quick=True)
+    now = recipe("adapter")
+    monkeypatch.setitem(PRESETS, "toybox", replace(PRESETS["toybox"], learning_rate=1.0))  # set by the search
+    assert recipe("adapter") == now
+    monkeypatch.setitem(PRESETS, "toybox", replace(PRESETS["toybox"], guidance_scale=7.5))
+    assert recipe("adapter") != now
+    assert summary(runs)["methods"] == {}
 
 
 def test_figures_are_means_over_subjects_and_seeds_that_all_have() -> None:
     runs = [line("adapter", s, seed, v) for s, seed, v in (("a", 0, 1.0), ("a", 1, 9.0), ("b", 0, 3.0))]
     assert table(runs, "adapter", "score").tolist() == [[1.0], [3.0]]
     runs += [line("full", "a", 0, 2.0), line("full", "b", 0, 6.0), line("adapter-no-prior", "a", 0, 0.5)]
-    found = summary(runs)
+    assert summary(runs)["methods"] == {}  # no rate was searched yet
+    found = summary([*runs, *searches()])
     assert found["methods"]["adapter"]["subject_fidelity"]["value"] == 2.0
     assert found["methods"]["adapter"]["score"]["high"] == 1.0  # a share's interval ends at all
     assert found["methods"]["adapter"]["seeds"] == 1
@@ -119,10 +147,19 @@ def test_targets_by_hand() -> None:
     )
     runs += rows("full", bytes=600, peak_memory_mb=200)
     runs += rows("adapter-no-prior", class_kept=0.4, class_spread=0.85)
-    found = summary(runs)["targets"]
+    found = summary([*runs, *searches()])["targets"]
     assert found["file_50_times_smaller"] == {"ratio": 60.0, "met": True}
     assert found["memory_below_full"] == {"ratio": 0.5, "met": True}
+    assert (found["subjects"], found["runs"]) == (2, 2)
+    fidelity = found["fidelity_at_least_full_minus_interval"]
+    assert fidelity["full_minus_adapter"]["value"] == 0
+    assert not fidelity["met"]  # of two subjects nothing is known
+    runs += [line(m, s.name, 0, 0.5) for m in ("adapter", "full", "adapter-no-prior") for s in SUBJECTS[:6]]
+    runs.append(line("full", "c", 0, 0.9))  # no other method has it
+    found = summary([*runs, *searches()])["targets"]
+    assert (found["subjects"], found["runs"]) == (8, 8)
     assert found["fidelity_at_least_full_minus_interval"]["met"]
+    found = summary([*runs[:6], *searches()])["targets"]
     kept = found["forgetting_at_most_half_of_no_prior"]
     assert kept["class_kept"] == {"with": 0.05, "without": 0.6, "met": True}
     lost = round(1 - (0.95 * 0.9) ** (1 / 3), 4), round(1 - (0.4 * 0.85 * 0.5) ** (1 / 3), 4)
@@ -131,19 +168,16 @@ def test_targets_by_hand() -> None:
 
 
 def test_tables_of_the_readme(tmp_path: Path) -> None:
-    runs = [line("adapter", s, 0, 0.5, bytes=460_000, rate=2e-3) for s in "abc"]
+    runs = [line("adapter", s, 0, 0.5, bytes=460_000) for s in "abc"]
     runs += [line("full", s, 0, 0.25, bytes=73_800_000, cpu_seconds=99.6) for s in "abc"]
-    runs += [
-        line("full", SEARCH_SUBJECTS[0].name, 0, 0, "search", score=0.8, rate=rate) for rate in (5e-5, 2e-3)
-    ]
-    (tmp_path / "q.json").write_text(json.dumps(summary(runs)))
+    (tmp_path / "q.json").write_text(json.dumps(summary([*runs, *searches()])))
     shown = quality_table.means(tmp_path / "q.json").splitlines()
     assert len({row.count("|") for row in shown}) == 1
-    assert "| `full`: full fine-tuning, UNet and text encoder | 0.001 | 3 x 1 | .25 |" in shown[-1]
+    assert "| `full`: full fine-tuning, UNet and text encoder | 2.5e-05 | 3 x 1 | .25 |" in shown[-1]
     assert shown[-1].endswith("| 100 | 0 | 73.8 MB |")
     assert shown[-2].endswith("| 460 kB |")
     assert "| **-.25 [-.25, -.25]** |" in quality_table.compared(tmp_path / "q.json")
-    assert quality_table.searched(tmp_path / "q.json") == "- `full`: 5e-05: **.80**, 0.002: **.80**"
+    assert "| `full` | 2.5e-05 | **.90** | .50 | .50 |" in quality_table.searched(tmp_path / "q.json")
 
 
 def test_a_line_that_was_cut_is_run_again(tmp_path: Path) -> None:
@@ -186,10 +220,8 @@ def test_bad_words() -> None:
 def test_a_quick_run_and_going_on(tmp_path: Path) -> None:
     """One adapter and one whole model, two steps each, for real; the second call finds all done."""
     runs = tmp_path / "runs.jsonl"
-    for name, rates in SEARCHED.items():
-        for rate in rates:
-            for subject in SEARCH_SUBJECTS:
-                append(runs, line(name, subject.name, 0, 0.5, "search", rate=rate))
+    for each in searches(quick=True):
+        append(runs, each)
     words = ["--quick", "--stage", "compare", "--runs", str(runs), "--work-dir", str(tmp_path / "work")]
     done = CliRunner().invoke(quality.main, [*words, "--json", str(tmp_path / "a.json")])
     assert done.exit_code == 0, done.output

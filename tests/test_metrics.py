@@ -93,6 +93,32 @@ def test_the_interval_of_a_share_covers(rows: int, columns: int, share: float) -
     assert inside / 200 >= 0.93
 
 
+@pytest.mark.parametrize(("first", "second"), [(0.9, 0.9), (0.95, 0.7), (1.0, 1.0), (1.0, 0.95)])
+def test_the_interval_between_shares_covers(first: float, second: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    inside = 0
+    for trial in range(200):
+        one, other = ((torch.rand(8, 3, generator=generator) < share).double() for share in (first, second))
+        found = metrics.difference(one, other, draws=300, seed=trial)
+        assert -1 <= found.low <= found.value <= found.high <= 1
+        inside += found.low <= first - second <= found.high
+    assert inside / 200 >= 0.93
+
+
+def test_one_picture_shows_no_difference() -> None:
+    """Nor which of the two comes first."""
+    one = torch.ones(6, 3)
+    other = one.clone()
+    other[2, 1] = 0
+    there, back = metrics.difference(one, other), metrics.difference(other, one)
+    assert there.value == pytest.approx(1 / 18)
+    assert there.low < 0 < there.high
+    assert (back.value, back.low, back.high) == pytest.approx((-there.value, -there.high, -there.low))
+    same = metrics.difference(one, one)
+    assert same.low == -same.high < -0.1
+    assert metrics.difference(one / 3, one / 3).high == 0  # no shares: nothing varied
+
+
 @pytest.mark.parametrize("rows", [4, 8])
 def test_the_interval_of_few_values_covers(rows: int) -> None:
     generator = torch.Generator().manual_seed(4)

@@ -31,6 +31,7 @@ _COLUMNS = {
     "prior_preservation": "class is subject",
     "diversity": "class diversity",
     "drift": "drift",
+    "unrelated_fidelity": "unrelated",
     "nearest_photograph": "nearest photograph",
 }
 
