@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.quality_figures import best_rates, fresh, summary
-from benchmarks.quality_plan import METHODS, QUICK, SETTINGS, Work, part_of, recipe, share, works
+from benchmarks.quality_plan import METHODS, QUICK, SEEDS, SETTINGS, Work, part_of, recipe, share, works
 from benchmarks.quality_plot import pareto
 from benchmarks.toybox_runs import Bench, append, read_runs, sheet, train
 
@@ -65,6 +65,7 @@ def run(bench: Bench, work: Work, *, quick: bool) -> dict[str, Any]:
 @click.option("--stage", type=click.Choice(("search", "compare", "summary")),
               help="Only this one.  [default: the search, then the comparison]")  # fmt: skip
 @click.option("--methods", help=f"Only these, with commas between, of {', '.join(METHODS)}.")
+@click.option("--seeds", help=f"Only these, with commas between, of {', '.join(map(str, SEEDS))}.")
 @click.option("--part", default="1/1", show_default=True, help="Which share of the runs, for two processes.")
 @click.option("--seconds", type=float, help="Start no run after so long.")
 @click.option("--quick", is_flag=True, help="One subject, two methods, few steps: measures nothing.")
@@ -75,6 +76,7 @@ def main(
     work_dir: Path | None,
     stage: str | None,
     methods: str | None,
+    seeds: str | None,
     part: str,
     seconds: float | None,
     quick: bool,
@@ -86,6 +88,9 @@ def main(
     wanted = methods.split(",") if methods else list(METHODS)
     if unknown := [method for method in wanted if method not in METHODS]:
         raise click.UsageError(f"unknown methods {', '.join(unknown)}; known: {', '.join(METHODS)}")
+    chosen = seeds.split(",") if seeds else [str(seed) for seed in SEEDS]
+    if unknown := [seed for seed in chosen if seed not in map(str, SEEDS)]:
+        raise click.UsageError(f"unknown seeds {', '.join(unknown)}; known: {', '.join(map(str, SEEDS))}")
     start = time.perf_counter()
     made: Bench | None = None
     for name in ("search", "compare") if stage is None else (stage,):
@@ -98,7 +103,7 @@ def main(
         mine = share(list(dict.fromkeys(work.subject for work in work_list)), process)
         for work in work_list:
             done = {each["key"] for each in fresh(read_runs(runs_path))}
-            if work.subject not in mine or work.key in done:
+            if work.subject not in mine or str(work.seed) not in chosen or work.key in done:
                 continue
             if seconds is not None and time.perf_counter() - start > seconds:
                 break

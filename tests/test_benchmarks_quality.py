@@ -214,6 +214,7 @@ def test_quick_runs_stay_out_of_the_real_ones(command: click.Command) -> None:
 def test_bad_words() -> None:
     assert "--part must be like 1/2" in CliRunner().invoke(quality.main, ["--part", "3/2"]).output
     assert "--part must be like 1/2" in CliRunner().invoke(select.main, ["--part", "one"]).output
+    assert "unknown seeds 7" in CliRunner().invoke(quality.main, ["--seeds", "0,7"]).output
     assert "unknown methods best" in CliRunner().invoke(quality.main, ["--methods", "best"]).output
 
 
