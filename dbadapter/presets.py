@@ -109,6 +109,7 @@ _SD = Preset(
     guidance_scale=7.5,
 )
 
+_SEARCHED = "the best of five rates on two toybox subjects (benchmarks.quality)"
 _ON_TOYBOX = "trials on toybox: docs/decisions/0007-photo-tokens.md and 0008-guidance-by-family.md"
 
 PRESETS: Mapping[str, Preset] = {
@@ -120,8 +121,8 @@ PRESETS: Mapping[str, Preset] = {
                 name: _SD.sources[name]
                 for name in ("prior_loss_weight", "mixed_precision", "rank", "checkpointing_steps")
             },
-            "full_learning_rate": f"{_OURS} for a model this small; {_NOT_MEASURED}",
-            "full_text_encoder_learning_rate": f"{_OURS} for a model this small; {_NOT_MEASURED}",
+            "full_learning_rate": _SEARCHED,
+            "full_text_encoder_learning_rate": _SEARCHED,
             "aspect_ratio_buckets": "off: toybox was trained on squares only",
         },
         targets=("attention", "feed-forward"),
