@@ -1,4 +1,4 @@
-"""The tables of `benchmarks.quality` in benchmarks/README.md, from its JSON; `make benchmarks-readme`."""
+"""Tables of `quality` and `select` in benchmarks/README.md, from their JSON; `make benchmarks-readme`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 from benchmarks.findings import RESULTS
 
-__all__ = ["compared", "means", "searched"]
+__all__ = ["chosen", "compared", "means", "searched"]
 
+SELECT = RESULTS / "select.json"
 FILE = RESULTS / "quality.json"
 MEANS = {
     "likeness": "likeness",
@@ -74,6 +75,21 @@ def searched(path: Path = FILE) -> str:
                 ]
             )
     return _table(["method", "rate", "score", "likeness", "forgotten of its class"], rows)
+
+
+def chosen(path: Path = SELECT) -> str:
+    """Return what the chosen checkpoints reach beside the last ones, a figure a line."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for kind, about in found.items():
+        if not (isinstance(about, dict) and "best_minus_last" in about):
+            continue
+        for name, difference in about["best_minus_last"].items():
+            cells = [_value(about[side][name]) for side in ("best", "last")]
+            rows.append([kind, name.replace("_", " "), *cells, _difference(difference)])
+        for name in ("step", "seconds"):
+            rows.append([kind, name, *(f"{about[side][name]:.0f}" for side in ("best", "last")), ""])
+    return _table(["runs", "", "chosen", "last", "chosen - last"], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -190,7 +190,7 @@ def test_a_line_that_was_cut_is_run_again(tmp_path: Path) -> None:
     assert read_runs(tmp_path / "none.jsonl") == []
 
 
-def test_best_against_last_by_hand() -> None:
+def test_best_against_last_by_hand(tmp_path: Path) -> None:
     def row(subject: str, best: float, last: float) -> dict[str, Any]:
         sides = {
             side: {**dict.fromkeys(select.COMPARED, value), "step": 3, "seconds": 1.0, "cpu_seconds": 1.0}
@@ -198,10 +198,15 @@ def test_best_against_last_by_hand() -> None:
         }
         return {"key": subject, "kind": "overfitting", "subject": subject, **sides}
 
-    found = select.summary([row("a", 0.8, 0.5), row("b", 0.6, 0.5)])["overfitting"]
+    whole = select.summary([row("a", 0.8, 0.5), row("b", 0.6, 0.5)])
+    found = whole["overfitting"]
     assert found["best"]["score"] == 0.7
     assert found["best_minus_last"]["score"]["value"] == pytest.approx(0.2)
     assert found["subjects"] == 2
+    (tmp_path / "s.json").write_text(json.dumps({"quick": False, **whole}))
+    shown = quality_table.chosen(tmp_path / "s.json").splitlines()
+    assert "| overfitting | score | .70 | .50 | +.20 [-1.80, +2.20] |" in shown
+    assert shown[-2] == "| overfitting | step | 3 | 3 |  |"
 
 
 @pytest.mark.parametrize("command", [quality.main, select.main])
