@@ -97,13 +97,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _value(value: float, sign: str = "") -> str:
-    text = f"{round(value, 2) + 0.0:{sign}.2f}"  # + 0.0: no minus before nothing
-    return text.replace("0.", ".", 1) if abs(value) < 0.995 else text
+def _value(value: float, sign: str = "", places: int = 2) -> str:
+    rounded = round(value, places) + 0.0  # + 0.0: no minus before nothing
+    text = f"{rounded:{sign}.{places}f}"
+    return text.replace("0.", ".", 1) if abs(rounded) < 1 else text
 
 
 def _difference(figure: Mapping[str, float]) -> str:
-    value, low, high = (_value(figure[part], "+") for part in ("value", "low", "high"))
+    value, low, high = (_value(figure[part], "+", 3) for part in ("value", "low", "high"))
     text = f"{value} [{low}, {high}]"
     return f"**{text}**" if figure["low"] > 0 or figure["high"] < 0 else text
 

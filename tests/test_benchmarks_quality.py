@@ -176,7 +176,7 @@ def test_tables_of_the_readme(tmp_path: Path) -> None:
     assert "| `full`: full fine-tuning, UNet and text encoder | 2.5e-05 | 3 x 1 | .25 |" in shown[-1]
     assert shown[-1].endswith("| 100 | 0 | 73.8 MB |")
     assert shown[-2].endswith("| 460 kB |")
-    assert "| **-.25 [-.25, -.25]** |" in quality_table.compared(tmp_path / "q.json")
+    assert "| **-.250 [-.250, -.250]** |" in quality_table.compared(tmp_path / "q.json")
     assert "| `full` | 2.5e-05 | **.90** | .50 | .50 |" in quality_table.searched(tmp_path / "q.json")
 
 
@@ -205,7 +205,7 @@ def test_best_against_last_by_hand(tmp_path: Path) -> None:
     assert found["subjects"] == 2
     (tmp_path / "s.json").write_text(json.dumps({"quick": False, **whole}))
     shown = quality_table.chosen(tmp_path / "s.json").splitlines()
-    assert "| overfitting | score | .70 | .50 | +.20 [-1.80, +2.20] |" in shown
+    assert "| overfitting | score | .70 | .50 | +.200 [-1.800, +2.200] |" in shown
     assert shown[-2] == "| overfitting | step | 3 | 3 |  |"
 
 
