@@ -157,9 +157,7 @@ def measure(
     out.setdefault("parts", {})
     for name in parts:
         earlier = out["parts"].get(name, {})
-        cells = earlier.get("cells", {})
-        missing = any("not_measured" in about for about in cells.values())  # may be there by now
-        if earlier.get("state") == "done" and not missing:
+        if earlier.get("state") == "done":
             continue
         remaining = budget - (clock() - began)
         least = TINY_SECONDS if settings["tiny"] else LEAST_SECONDS[name]
@@ -167,11 +165,7 @@ def measure(
             click.echo(f"{name}: left, {remaining:.0f} s are too few", err=True)
             continue
         click.echo(f"{name}: begins, {remaining:.0f} s are left", err=True)
-        done = {
-            cell: about
-            for cell, about in cells.items()
-            if "failed" not in about and "not_measured" not in about
-        }
+        done = {cell: about for cell, about in earlier.get("cells", {}).items() if "failed" not in about}
         at = clock()
         try:
             record = run(name, {**settings, "done": done}, remaining)

@@ -96,7 +96,7 @@ def main(
     for name in ("search", "compare") if stage is None else (stage,):
         if name == "summary":
             break
-        work_list = list(works(name, best_rates(read_runs(runs_path)), wanted))
+        work_list = list(works(name, best_rates(fresh(read_runs(runs_path))), wanted))
         if quick:
             work_list = [w for w in work_list if w.method in ("adapter", "full") and w.seed == 0]
             work_list = [w for w in work_list if w.subject == work_list[0].subject]

@@ -161,7 +161,7 @@ def _pairs(runs: Sequence[Run], name: str) -> dict[str, Any]:
     for figure in FIGURES:
         one, other = table(shared, name, figure), table(shared, DEFAULT, figure)
         if one.shape == other.shape and one.numel():
-            found[figure] = _rounded(metrics.difference(one, other))
+            found[figure] = _rounded(metrics.difference(one, other, shares=False))
     return found
 
 
@@ -180,7 +180,7 @@ def _targets(runs: Sequence[Run]) -> dict[str, Any]:
         "all": (of(ours, "forgotten"), of(bare, "forgotten"))
     }
     difference = metrics.difference(
-        table(runs, full, "subject_fidelity"), table(runs, ours, "subject_fidelity")
+        table(runs, full, "subject_fidelity"), table(runs, ours, "subject_fidelity"), shares=False
     )
     subjects = {subject for subject, _ in shared}
     return {

@@ -189,6 +189,6 @@ def works(stage: str, rates: Mapping[str, float], methods: Collection[str] = MET
                 if rate is None:
                     raise click.ClickException(
                         f"the search of {METHODS[name].rate_of}'s rate is not complete: run --stage search "
-                        f"--methods {METHODS[name].rate_of} first"
+                        f"--methods {METHODS[name].rate_of} first, or wait for the other --part"
                     )
                 yield Work(stage, name, subject, seed, rate)

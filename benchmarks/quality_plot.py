@@ -83,6 +83,11 @@ def pareto(methods: Mapping[str, Any]) -> Image.Image:
         name: at(about["forgotten"]["value"], about["likeness"]["value"]) for name, about in methods.items()
     }
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in dots.values()]
+    for about in methods.values():
+        (left, y), (end, _) = (
+            at(about["forgotten"][side], about["likeness"]["value"]) for side in ("low", "high")
+        )
+        taken.append((left, y - 1, end, y + 1))
     for name, about in sorted(methods.items(), key=lambda item: dots[item[0]][1]):
         x, y, color = about["forgotten"], about["likeness"], _FULL if METHODS[name].full else _ADAPTER
         draw.line([at(x["low"], y["value"]), at(x["high"], y["value"])], fill=color)

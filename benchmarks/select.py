@@ -78,7 +78,9 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "best_minus_last": {
                 name: {
                     key: round(value, 4)
-                    for key, value in asdict(metrics.difference(of("best", name), of("last", name))).items()
+                    for key, value in asdict(
+                        metrics.difference(of("best", name), of("last", name), shares=False)
+                    ).items()
                 }
                 for name in COMPARED
             },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -98,10 +99,10 @@ def load_candidate(path: str | Path, class_noun: str, identifier: str | None = N
         return Candidate(path.name, path, f"{identifier} {class_noun}", None, size)
     adapter = lora.load_adapter(path)
     subject = f"{identifier} {class_noun}" if identifier else trigger_of(adapter)
-    if subject and class_noun.lower() not in subject.lower():
+    if subject and not re.search(rf"\b{re.escape(class_noun.strip())}\b", subject, re.IGNORECASE):
         warnings.warn(
             f"{path} says {subject!r}, which has no {class_noun} in it: was it trained with another "
-            "--class-noun? The figures of its class are of this one's pictures",
+            "--class-noun? Where it was taught one rare word, pass that as --identifier",
             UserWarning,
             stacklevel=2,
         )
@@ -391,8 +392,12 @@ def evaluate(
         "figures": found,
         "differences": _differences(tables),
     }
-    accuracy = encoder.accuracy or (prompt_judge.accuracy if prompt_judge else None)
-    return report | ({"encoder_accuracy": dict(accuracy)} if accuracy else {})
+    accuracy = dict(encoder.accuracy or {})
+    if not accuracy and prompt_judge is not None:  # it does not say which instance a picture shows
+        accuracy = {
+            name: value for name, value in (prompt_judge.accuracy or {}).items() if name != "instance"
+        }
+    return report | ({"encoder_accuracy": accuracy} if accuracy else {})
 
 
 def check_candidates(base: Base, candidates: Sequence[Candidate]) -> None:

@@ -126,7 +126,7 @@ def estimate(values: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
     values = values.double()
     means, units = _drawn(values, draws, seed), max(values.shape)
     if _are_shares(values) and units > 2:
-        return _share(float(values.mean()), float(means.var()), units, values.numel())
+        return _share(float(values.mean()), _worth(values, means, units), units, values.numel())
     return _figure(float(values.mean()), means, units, values.numel())
 
 
@@ -148,17 +148,21 @@ def pair_estimate(table: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure
     return _figure(value, means, len(table), len(table) * (len(table) - 1) // 2)
 
 
-def difference(one: Tensor, other: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
+def difference(
+    one: Tensor, other: Tensor, *, shares: bool | None = None, draws: int = DRAWS, seed: int = 0
+) -> Figure:
     """Return the mean of one - other, paired by prompt and seed, with its interval: does zero lie in it?
 
-    As in `estimate`; of two shares it is made of Wilson's for what only one and what only the other has
-    right (Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based
-    on paired data", and Zou and Donner 2008 for the square-and-add). Where no pair differs in any other
-    figure the interval has no width: nothing varied.
+    Student's interval with the bootstrap's standard error: a percentile one leans where most pairs are equal.
+    Of two shares it is made of Wilson's for what only one and what only the other has right (Newcombe 1998,
+    "Improved confidence intervals for the difference between binomial proportions based on paired data", and
+    Zou and Donner 2008 for the square-and-add), both by the number of pictures that the bootstrap's variance
+    is worth. Where no pair differs in any other figure the interval has no width: nothing varied.
 
     Args:
         one: shape (prompts, seeds).
         other: of the same prompts and seeds.
+        shares: every value is right (1) or wrong (0); None: so they are if all are 0 or 1.
     Raises:
         ValueError: the tables differ in shape.
     """
@@ -169,10 +173,18 @@ def difference(one: Tensor, other: Tensor, *, draws: int = DRAWS, seed: int = 0)
     one, other = one.double(), other.double()
     change = one - other
     units = max(change.shape)
-    if not (_are_shares(one) and _are_shares(other) and units > 2):
-        return _figure(float(change.mean()), _drawn(change, draws, seed), units, change.numel())
-    won = estimate((change > 0).double(), draws=draws, seed=seed)
-    lost = estimate((change < 0).double(), draws=draws, seed=seed)
+    means = _drawn(change, draws, seed)
+    if shares is None:
+        shares = _are_shares(one) and _are_shares(other)
+    value = float(change.mean())
+    if units < 3:
+        return _figure(value, means, units, change.numel())
+    if not shares:
+        half = _student(units - 1) * float(means.std()) * (units / (units - 1)) ** 0.5
+        return Figure(value, value - half, value + half, change.numel())
+    worth = _worth(change, means, units)
+    won = _share(float((change > 0).double().mean()), worth, units, change.numel())
+    lost = _share(float((change < 0).double().mean()), worth, units, change.numel())
     # A picture that one of them won is none that it lost: the two shares go against each other.
     room = (1 - won.value) * (1 - lost.value)
     together = -((won.value * lost.value / room) ** 0.5) if room > 0 else 0.0
@@ -180,7 +192,6 @@ def difference(one: Tensor, other: Tensor, *, draws: int = DRAWS, seed: int = 0)
     def reach(a: float, b: float) -> float:
         return float((a * a - 2 * together * a * b + b * b) ** 0.5)
 
-    value = won.value - lost.value
     low = value - reach(won.value - won.low, lost.high - lost.value)
     high = value + reach(won.high - won.value, lost.value - lost.low)
     return Figure(value, max(low, -1.0), min(high, 1.0), change.numel())
@@ -235,11 +246,14 @@ def _figure(value: float, means: Tensor, units: int, count: int) -> Figure:
     return Figure(value, value - wider * (value - low), value + wider * (high - value), count)
 
 
-def _share(value: float, variance: float, units: int, count: int) -> Figure:
-    """Return a share with Wilson's interval (Wilson 1927), by as many pictures as the variance is worth."""
-    worth = float(units)
-    if variance > 0 and 0 < value < 1:
-        worth = min(max(value * (1 - value) / variance, 1.0), float(count))
+def _worth(values: Tensor, means: Tensor, units: int) -> float:
+    """Return how many independent pictures the bootstrap's variance is worth; units where nothing varies."""
+    variance, drawn = float(values.var(correction=0)), float(means.var())
+    return min(max(variance / drawn, 1.0), float(values.numel())) if variance > 0 < drawn else float(units)
+
+
+def _share(value: float, worth: float, units: int, count: int) -> Figure:
+    """Return a share with Wilson's interval (Wilson 1927) by as many pictures as it is worth."""
     q = _student(units - 1) ** 2 / worth
     middle = (value + q / 2) / (1 + q)
     half = (q * value * (1 - value) + q * q / 4) ** 0.5 / (1 + q)

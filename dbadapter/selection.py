@@ -61,12 +61,14 @@ class Selection:
         subject: the words for it, e.g. "sks dog".
         base: the base's scores, by the run's own model before its first step.
         history: (step, score and parts), those before a resume included.
+        broken: the model gave pictures that are not finite.
     """
 
     evaluator: Evaluator
     subject: str
     base: Scores
     history: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    broken: bool = False
 
     @classmethod
     def start(
@@ -120,15 +122,13 @@ class Selection:
     def score(self, run: Run) -> dict[str, float]:
         """Score the model in training as it is at this step; return the score and its parts.
 
-        All are 0 where it gives pictures that are not finite: the run may come back from there, or end by
-        its loss.
+        Nothing comes back where it gives pictures that are not finite.
         """
         with run.autocast():
             try:
                 scores = self.evaluator.score(run.base.pipeline, self.subject)
             except BaseError:
-                parts = overall(self.base.figures, self.base.figures, self.evaluator.ceiling())
-                return dict.fromkeys(parts, 0.0)
+                return {}
         return overall(scores.figures, self.base.figures, self.evaluator.ceiling())
 
     def note(self, step: int, parts: Mapping[str, float]) -> None:
@@ -136,8 +136,8 @@ class Selection:
         self.history.append((step, dict(parts)))
 
     def exhausted(self) -> bool:
-        """Return whether the last `PATIENCE` scores all fell short of an earlier one."""
-        return exhausted([parts["score"] for _, parts in self.history])
+        """Return whether the last `PATIENCE` scores all fell short of an earlier one, or it is broken."""
+        return self.broken or exhausted([parts["score"] for _, parts in self.history])
 
 
 def check_selection(config: TrainConfig, family: str) -> None:

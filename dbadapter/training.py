@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
@@ -268,7 +269,17 @@ def _scored(run: Run, selection: Selection) -> dict[str, float]:
     """Return the model's score and its parts at this step, the mean over processes; nothing early on."""
     if run.step < scored_from(run.config):
         return {}
-    scores = {name: run.processes.mean(value) for name, value in selection.score(run).items()}
+    scores = selection.score(run)
+    if run.processes.mean(float(not scores)) > 0:  # all processes stop, whichever of them saw it
+        warnings.warn(
+            f"the model's pictures are not finite any more at step {run.step}: the run ends, and the best "
+            "checkpoint before it is kept",
+            UserWarning,
+            stacklevel=1,
+        )
+        selection.broken = True
+        return {}
+    scores = {name: run.processes.mean(value) for name, value in scores.items()}
     selection.note(run.step, scores)
     return scores
 

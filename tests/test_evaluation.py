@@ -246,8 +246,9 @@ def test_the_command(tiny_base_folder: Path, photographs: Path, files: Path, tmp
         (("--adapter", "none.safetensors"), "does not exist"),
         (("--adapter", "dog.safetensors", "--compare", "dog.safetensors"), "two candidates are called 'dog'"),
         (("--adapter", "dog.safetensors", "--image-encoder", "."), "cannot be loaded"),
+        (("--adapter", "peft"), "is a PEFT folder: make a file of it with dbadapter convert"),
         (("--adapter", "."), "is a folder: pass a fully tuned model's with --tuned"),
-        (("--tuned", "dog.safetensors"), "is a file: pass an adapter's with --adapter"),
+        (("--tuned", "dog.safetensors"), "is a folder in diffusers' layout; pass an adapter's file"),
         (("--adapter", "base.safetensors"), "a candidate is called 'base'"),
         (("--adapter", "dog.safetensors", "--class-noun", " "), "--class-noun is empty"),
     ],
@@ -256,6 +257,8 @@ def test_refusals_are_one_line(
     words: tuple[str, ...], said: str, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files)
+    (files / "peft").mkdir(exist_ok=True)
+    (files / "peft" / "adapter_config.json").write_text("{}")
     (files / "base.safetensors").write_bytes((files / "dog.safetensors").read_bytes())
     done = run("--instance-data-dir", str(photographs), *words)
     assert done.exit_code in (1, 2)

@@ -119,6 +119,22 @@ def test_one_picture_shows_no_difference() -> None:
     assert metrics.difference(one / 3, one / 3).high == 0  # no shares: nothing varied
 
 
+def test_half_of_the_pictures_show_a_difference() -> None:
+    other = torch.ones(6, 3)
+    other[::2] = torch.tensor([0.0, 0.0, 1.0])
+    other[1::2] = torch.tensor([1.0, 1.0, 0.0])
+    assert metrics.difference(torch.ones(6, 3), other).low > 0
+
+
+def test_three_of_many_shares_show_no_difference() -> None:
+    """Per-run shares, not pictures: a percentile interval ends at 0 on the side where nothing differs."""
+    other = torch.tensor([[1.0], [1.0], [1.0], [17 / 18], [17 / 18], [1.0], [1.0], [17 / 18]])
+    found = metrics.difference(torch.ones(8, 1), other, shares=False)
+    assert found.low < 0 < found.high < 0.06
+    same = metrics.difference(torch.ones(8, 1), torch.ones(8, 1), shares=False)
+    assert same.low == same.high == 0
+
+
 @pytest.mark.parametrize("rows", [4, 8])
 def test_the_interval_of_few_values_covers(rows: int) -> None:
     generator = torch.Generator().manual_seed(4)

@@ -112,17 +112,29 @@ def test_scores_of_nothing_choose_the_last_step(config: TrainConfig, monkeypatch
     assert (result.steps, result.chosen_step, result.last_path) == (6, 6, None)
 
 
-def test_pictures_that_are_not_finite_score_nothing(
+def test_pictures_that_are_not_finite_end_the_run(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    told = iter((0.4, 0.5))
+
+    def score(*_: Any) -> dict[str, float]:
+        return {"score": next(told, 0.0)} if told.__length_hint__() else {}
+
+    monkeypatch.setattr(Selection, "score", score)
+    with pytest.warns(UserWarning, match="not finite any more at step 5: the run ends, and the best"):
+        result = train(config)
+    assert (result.steps, result.chosen_step) == (5, 4)
+    assert [line["score"] for line in lines(config) if "score" in line] == [0.4, 0.5]
+
+
+def test_a_broken_model_has_no_score(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> None:
     def broken(*_: Any) -> Scores:
         raise BaseError("the model gave values that are not finite (NaN)")
 
     monkeypatch.setattr(Evaluator, "score", broken)
-    result = train(replace(config, max_train_steps=4))
-    assert (result.steps, result.chosen_step) == (4, 4)
-    assert {line["score"] for line in lines(config) if "score" in line} == {0.0}
-    assert {line["class_spread"] for line in lines(config) if "score" in line} == {0.0}
+    with pytest.warns(UserWarning, match="not finite any more at step 1"):
+        result = train(replace(config, max_train_steps=4))
+    assert (result.steps, result.chosen_step) == (1, 1)
 
 
 def test_a_resumed_run_remembers_its_scores(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

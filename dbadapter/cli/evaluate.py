@@ -110,10 +110,17 @@ def evaluate(
         raise UsageError(f"{more[0]}: paths follow --compare; for one adapter pass --adapter FILE")
     if not class_noun.strip():
         raise UsageError("--class-noun is empty: pass what the subject is, e.g. dog")
+    if adapter is not None and (adapter / "adapter_config.json").is_file():
+        raise UsageError(
+            f"--adapter {adapter} is a PEFT folder: make a file of it with dbadapter convert first"
+        )
     if adapter is not None and adapter.is_dir():
         raise UsageError(f"--adapter {adapter} is a folder: pass a fully tuned model's with --tuned")
     if tuned is not None and tuned.is_file():
-        raise UsageError(f"--tuned {tuned} is a file: pass an adapter's with --adapter")
+        raise UsageError(
+            f"--tuned {tuned} is a file: a tuned model is a folder in diffusers' layout; pass an adapter's "
+            "file with --adapter"
+        )
     _check_outputs(json_path, report_path, overwrite)
     from dbadapter.evaluation_report import ReportPictures, report_page
 
