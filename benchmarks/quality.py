@@ -22,6 +22,7 @@ from benchmarks import report
 from benchmarks.quality_figures import best_rates, fresh, summary
 from benchmarks.quality_plan import METHODS, QUICK, SEEDS, SETTINGS, Work, part_of, recipe, share, works
 from benchmarks.quality_plot import pareto
+from benchmarks.quality_table import ENOUGH
 from benchmarks.toybox_runs import Bench, append, read_runs, sheet, train
 
 RUNS = Path("benchmarks/results/quality.jsonl")
@@ -114,9 +115,10 @@ def main(
             append(runs_path, found)
             click.echo(f"{work.key}: score {found['score']:.3f}, {found['seconds']:.0f} s", err=True)
     figures = summary(read_runs(runs_path))
-    if plot_path is not None and figures["methods"]:
+    shown = {name: of for name, of in figures["methods"].items() if quick or of["subjects"] >= ENOUGH}
+    if plot_path is not None and shown:
         plot_path.parent.mkdir(parents=True, exist_ok=True)
-        pareto(figures["methods"]).save(plot_path)
+        pareto(shown).save(plot_path)
     report.write({"benchmark": "quality", "quick": quick, **figures}, json_path)
 
 

@@ -10,6 +10,7 @@ from benchmarks.findings import RESULTS
 
 __all__ = ["chosen", "compared", "means", "searched"]
 
+ENOUGH = 3  # subjects: of fewer nothing is known, and no row is shown
 SELECT = RESULTS / "select.json"
 FILE = RESULTS / "quality.json"
 MEANS = {
@@ -34,6 +35,8 @@ def means(path: Path = FILE) -> str:
     base = [_value(before[name]) if name in before else "" for name in MEANS]
     rows = [["the base, untrained", "", "", *base, "", "", ""]]
     for name, about in found["methods"].items():
+        if about["subjects"] < ENOUGH:
+            continue
         shown = [_value(about[figure]["value"]) for figure in MEANS]
         cost = [f"{about[figure]['value']:.0f}" for figure in ("cpu_seconds", "peak_memory_mb")]
         rate = f"{about['learning_rate']:g}"
@@ -51,7 +54,8 @@ def compared(path: Path = FILE) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))
     rows = []
     for name, about in found["methods"].items():
-        if pairs := about.get("minus_default"):
+        pairs = about.get("minus_default")
+        if pairs and about["subjects"] >= ENOUGH:
             cells = [_difference(pairs[figure]) for figure in DIFFERENCES if figure in pairs]
             rows.append([f"`{name}`", str(next(iter(pairs.values()))["count"]), *cells])
     return _table(["minus `adapter`", "pairs", *(MEANS[name] for name in DIFFERENCES)], rows)
