@@ -140,7 +140,7 @@ def test_another_run_is_refused_with_every_difference(tmp_path: Path) -> None:
     path = checkpoint.write(tmp_path, checkpoint.capture(3, parameters, optimizer, scaler(), IDENTITY))
     snapshot = checkpoint.read(path)
     checkpoint.check_same_run(snapshot.identity, IDENTITY)
-    with pytest.raises(ConfigError, match="rank was 8, is 4; snr_gamma was None, is 5"):
+    with pytest.raises(ConfigError, match="rank was 8, is 4; snr_gamma was not set, is 5"):
         checkpoint.check_same_run(snapshot.identity, IDENTITY | {"rank": 4, "snr_gamma": 5.0})
 
 
