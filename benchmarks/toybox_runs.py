@@ -16,8 +16,9 @@ from typing import Any
 import click
 
 from dbadapter.base import Base, load_base
+from dbadapter.candidates import load_candidate
 from dbadapter.encoders import TOYBOX_JUDGES, load_encoder, load_prompt_judge
-from dbadapter.evaluation import Evaluator, Scores, Settings, load_candidate, load_photographs, overall
+from dbadapter.evaluation import Evaluator, Scores, Settings, load_photographs, overall
 from dbadapter.evaluation_prompts import Prompts, choose_prompts
 from dbadapter.grid import grid
 from dbadapter.lora import apply

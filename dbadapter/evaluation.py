@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,26 +12,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dbadapter import lora, metrics
-from dbadapter.adapter import Adapter
-from dbadapter.base import Base, load_base
+from dbadapter import metrics
+from dbadapter.base import Base
+from dbadapter.candidates import Candidate, check_candidates, pipeline_of
 from dbadapter.encoders import Encoder, PromptJudge
-from dbadapter.errors import AdapterError, BaseError, DataError, UsageError
+from dbadapter.errors import DataError
 from dbadapter.evaluation_prompts import Prompts
 from dbadapter.photographs import find_photographs, load_crop
 from dbadapter.sampling import Picture, default_guidance, generate_pictures
 
 __all__ = [
-    "Candidate",
     "Evaluator",
     "Scores",
     "Settings",
-    "check_candidates",
     "evaluate",
-    "load_candidate",
     "load_photographs",
     "overall",
-    "trigger_of",
 ]
 
 Progress = Callable[[str, int, int], None]
@@ -63,59 +56,6 @@ class Settings:
     seed: int = 1000
     batch_size: int = 8
     resolution: int | None = None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What is scored: an adapter on the base, or a fully tuned model.
-
-    Attributes:
-        name: for the report.
-        path: where it came from.
-        subject: its words for the subject, e.g. "sks dog".
-        adapter: None for a tuned model, whose folder is `path`.
-        bytes: on disk.
-    """
-
-    name: str
-    path: Path
-    subject: str
-    adapter: Adapter | None
-    bytes: int
-
-
-def load_candidate(path: str | Path, class_noun: str, identifier: str | None = None) -> Candidate:
-    """Return an adapter's file or a tuned model's folder as a candidate.
-
-    Raises:
-        UsageError: its words for the subject are not known; the message has the cure.
-        AdapterError: the file is broken.
-    """
-    path = Path(path)
-    if path.is_dir():
-        if identifier is None:
-            raise UsageError(f"{path} does not say its word for the subject: pass --identifier, e.g. sks")
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        return Candidate(path.name, path, f"{identifier} {class_noun}", None, size)
-    adapter = lora.load_adapter(path)
-    subject = f"{identifier} {class_noun}" if identifier else trigger_of(adapter)
-    if subject and not re.search(rf"\b{re.escape(class_noun.strip())}\b", subject, re.IGNORECASE):
-        warnings.warn(
-            f"{path} says {subject!r}, which has no {class_noun} in it: was it trained with another "
-            "--class-noun? Where it was taught one rare word, pass that as --identifier",
-            UserWarning,
-            stacklevel=2,
-        )
-    if not subject:
-        raise UsageError(
-            f"{path} does not say its words for the subject (modelspec.trigger_phrase): pass --identifier"
-        )
-    return Candidate(path.stem, path, subject, adapter, path.stat().st_size)
-
-
-def trigger_of(adapter: Adapter) -> str:
-    """Return the words for the subject that an adapter's file tells, or nothing."""
-    return adapter.metadata.get("modelspec.trigger_phrase", "").strip()
 
 
 def load_photographs(folder: str | Path, side: int) -> list[Image.Image]:
@@ -210,20 +150,13 @@ class Evaluator:
         }
         if len(before):
             tables["drift"] = metrics.drift(self.encoder.embed(drawn["unrelated"]), before).view(-1, seeds)
-            if self.prompt_judge is not None:
-                # Drift says how far they moved; this, whether they are still of what was asked for.
-                asked = [each for each in self.prompts.unrelated for _ in range(seeds)]
-                table = self.prompt_judge.score(drawn["unrelated"], asked)["prompt_fidelity"].view(-1, seeds)
-                table = table[~table.isnan().any(1)]
-                if len(table):
-                    tables["unrelated_fidelity"] = table
-        if self.prompt_judge is not None:
-            said = [each.format(self.class_noun) for each in self.prompts.subject for _ in range(seeds)]
-            for name, values in self.prompt_judge.score(drawn["subject"], said).items():
-                table = values.view(-1, seeds)
-                table = table[~table.isnan().any(1)]
-                if len(table):
-                    tables[name] = table
+            # Drift says how far they moved; this, whether they are still of what was asked for.
+            judged = self._judged(drawn["unrelated"], self.prompts.unrelated)
+            if "prompt_fidelity" in judged:
+                tables["unrelated_fidelity"] = judged["prompt_fidelity"]
+        tables |= self._judged(
+            drawn["subject"], [each.format(self.class_noun) for each in self.prompts.subject]
+        )
         of_photographs = metrics.similarity(of_class, self.references)
         tables["prior_preservation"] = of_photographs.view(1, -1)
         if self.prompt_judge is not None:
@@ -250,6 +183,16 @@ class Evaluator:
             if name in ("subject_fidelity", "prompt_fidelity") and len(table) == rows
         }
         return Scores(figures, tables, drawn)
+
+    def _judged(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Return the prompt judge's figures, shape (prompts, seeds), without prompts that give it nothing."""
+        if self.prompt_judge is None:
+            return {}
+        seeds = self.settings.num_images_per_prompt
+        found = self.prompt_judge.score(pictures, [prompt for prompt in prompts for _ in range(seeds)])
+        tables = {name: values.view(-1, seeds) for name, values in found.items()}
+        tables = {name: table[~table.isnan().any(1)] for name, table in tables.items()}
+        return {name: table for name, table in tables.items() if len(table)}
 
     def _draw(self, pipeline: Any, subject: str, progress: Callable[[int, int], None] | None) -> Drawn:
         """Return pictures of the subject's prompts, of the class and of unrelated prompts, in their order."""
@@ -372,7 +315,7 @@ def evaluate(
         on_pictures("base", scores.drawn)
     found, tables = {"base": scores.figures}, {}
     for candidate in candidates:
-        with _pipeline_of(base, candidate) as pipeline:
+        with pipeline_of(base, candidate) as pipeline:
             scores = evaluator.score(pipeline, candidate.subject, _stage(progress, candidate.name))
         found[candidate.name] = scores.figures | {"bytes": candidate.bytes}
         tables[candidate.name] = scores.tables
@@ -398,41 +341,6 @@ def evaluate(
             name: value for name, value in (prompt_judge.accuracy or {}).items() if name != "instance"
         }
     return report | ({"encoder_accuracy": accuracy} if accuracy else {})
-
-
-def check_candidates(base: Base, candidates: Sequence[Candidate]) -> None:
-    """Pass if every candidate can be scored beside the base: before hours of drawing, not after.
-
-    Raises:
-        AdapterError: an adapter does not fit the base; the message begins with its path.
-        BaseError: a tuned model cannot be loaded, or is of another family.
-    """
-    for candidate in candidates:
-        try:
-            with _pipeline_of(base, candidate) as pipeline:
-                del pipeline
-        except AdapterError as error:
-            raise AdapterError(f"{candidate.path}: {error}") from error
-        if candidate.adapter is None:
-            family = load_base(str(candidate.path)).family
-            if family != base.family:
-                raise BaseError(
-                    f"{candidate.path} is of the family {family}, the base of {base.family}: pass the --base "
-                    "that it was tuned from"
-                )
-
-
-@contextmanager
-def _pipeline_of(base: Base, candidate: Candidate) -> Iterator[Any]:
-    """Give the candidate's pipeline; the base is as it was afterwards."""
-    if candidate.adapter is None:
-        yield load_base(str(candidate.path)).pipeline
-        return
-    lora.apply(base.pipeline, {candidate.adapter: 1.0})
-    try:
-        yield base.pipeline
-    finally:
-        lora.apply(base.pipeline, {})
 
 
 def _differences(tables: Mapping[str, Mapping[str, Tensor]]) -> list[dict[str, Any]]:

@@ -17,9 +17,10 @@ from dbadapter import evaluation
 from dbadapter.adapter import Adapter
 from dbadapter.adapter_file import AdapterDescription, write_adapter
 from dbadapter.base import Base, load_base
+from dbadapter.candidates import load_candidate
 from dbadapter.cli import main
 from dbadapter.errors import DataError, UsageError
-from dbadapter.evaluation import Settings, evaluate, load_candidate, load_photographs
+from dbadapter.evaluation import Settings, evaluate, load_photographs
 from dbadapter.evaluation_prompts import LIVE, OBJECT, Prompts, choose_prompts, default_prompts, read_prompts
 from dbadapter.export.parity import synthetic_adapter
 from dbadapter.model_folder import write_model_folder

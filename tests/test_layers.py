@@ -41,6 +41,7 @@ LAYERS = (
     "advice",
     "preparation",
     "evaluation",
+    "candidates",
     "evaluation_prompts",
     "encoders",
     "batches",

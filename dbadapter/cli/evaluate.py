@@ -150,10 +150,11 @@ def _report(
 ) -> dict[str, Any]:
     from dbadapter import evaluation
     from dbadapter.base import load_base
+    from dbadapter.candidates import load_candidate
     from dbadapter.encoders import default_encoder, default_prompt_judge, load_encoder, load_prompt_judge
     from dbadapter.evaluation_prompts import choose_prompts, default_prompts, read_prompts
 
-    candidates = [evaluation.load_candidate(path, class_noun, identifier) for path in paths]
+    candidates = [load_candidate(path, class_noun, identifier) for path in paths]
     names = [candidate.name for candidate in candidates]
     if "base" in names:
         raise UsageError("a candidate is called 'base', as the base itself is in the report: rename it")

@@ -1,0 +1,106 @@
+"""What is scored: an adapter on the base, or a fully tuned model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dbadapter import lora
+from dbadapter.adapter import Adapter
+from dbadapter.base import Base, load_base
+from dbadapter.errors import AdapterError, BaseError, UsageError
+
+__all__ = ["Candidate", "check_candidates", "load_candidate", "pipeline_of", "trigger_of"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is scored: an adapter on the base, or a fully tuned model.
+
+    Attributes:
+        name: for the report.
+        path: where it came from.
+        subject: its words for the subject, e.g. "sks dog".
+        adapter: None for a tuned model, whose folder is `path`.
+        bytes: on disk.
+    """
+
+    name: str
+    path: Path
+    subject: str
+    adapter: Adapter | None
+    bytes: int
+
+
+def load_candidate(path: str | Path, class_noun: str, identifier: str | None = None) -> Candidate:
+    """Return an adapter's file or a tuned model's folder as a candidate.
+
+    Raises:
+        UsageError: its words for the subject are not known; the message has the cure.
+        AdapterError: the file is broken.
+    """
+    path = Path(path)
+    if path.is_dir():
+        if identifier is None:
+            raise UsageError(f"{path} does not say its word for the subject: pass --identifier, e.g. sks")
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        return Candidate(path.name, path, f"{identifier} {class_noun}", None, size)
+    adapter = lora.load_adapter(path)
+    subject = f"{identifier} {class_noun}" if identifier else trigger_of(adapter)
+    if subject and not re.search(rf"\b{re.escape(class_noun.strip())}\b", subject, re.IGNORECASE):
+        warnings.warn(
+            f"{path} says {subject!r}, which has no {class_noun} in it: was it trained with another "
+            "--class-noun? Where it was taught one rare word, pass that as --identifier",
+            UserWarning,
+            stacklevel=2,
+        )
+    if not subject:
+        raise UsageError(
+            f"{path} does not say its words for the subject (modelspec.trigger_phrase): pass --identifier"
+        )
+    return Candidate(path.stem, path, subject, adapter, path.stat().st_size)
+
+
+def trigger_of(adapter: Adapter) -> str:
+    """Return the words for the subject that an adapter's file tells, or nothing."""
+    return adapter.metadata.get("modelspec.trigger_phrase", "").strip()
+
+
+def check_candidates(base: Base, candidates: Sequence[Candidate]) -> None:
+    """Pass if every candidate can be scored beside the base: before hours of drawing, not after.
+
+    Raises:
+        AdapterError: an adapter does not fit the base; the message begins with its path.
+        BaseError: a tuned model cannot be loaded, or is of another family.
+    """
+    for candidate in candidates:
+        try:
+            with pipeline_of(base, candidate) as pipeline:
+                del pipeline
+        except AdapterError as error:
+            raise AdapterError(f"{candidate.path}: {error}") from error
+        if candidate.adapter is None:
+            family = load_base(str(candidate.path)).family
+            if family != base.family:
+                raise BaseError(
+                    f"{candidate.path} is of the family {family}, the base of {base.family}: pass the --base "
+                    "that it was tuned from"
+                )
+
+
+@contextmanager
+def pipeline_of(base: Base, candidate: Candidate) -> Iterator[Any]:
+    """Give the candidate's pipeline; the base is as it was afterwards."""
+    if candidate.adapter is None:
+        yield load_base(str(candidate.path)).pipeline
+        return
+    lora.apply(base.pipeline, {candidate.adapter: 1.0})
+    try:
+        yield base.pipeline
+    finally:
+        lora.apply(base.pipeline, {})
