@@ -7,6 +7,7 @@ nothing.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -40,6 +41,7 @@ def call_flops(base: Path, inputs: Mapping[str, Tensor]) -> int:
     return int(counter.get_total_flops())
 
 
+@functools.cache
 def step_flops(
     base: Path, resolution: int, batch: int, *, full: bool, rank: int, text_encoder: bool, distill: bool
 ) -> int:

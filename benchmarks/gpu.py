@@ -30,12 +30,12 @@ __all__ = ["go_on", "measure", "run_part", "shares", "state_of"]
 
 # With fewer seconds left a part is not begun: its process, and the first of its cells.
 LEAST_SECONDS = {
-    "limits": 40,
+    "limits": 30,
     "smoke": 60,
-    "train-sd15": 75,
-    "infer-sd15": 60,
-    "train-sdxl": 180,
-    "infer-sdxl": 120,
+    "train-sd15": 40,
+    "infer-sd15": 40,
+    "train-sdxl": 60,
+    "infer-sdxl": 60,
 }
 TINY_SECONDS = 10
 START_SECONDS = 15.0  # that a part's process takes before its first cell, and after its last

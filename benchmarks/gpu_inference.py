@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import statistics
 import time
@@ -46,15 +47,19 @@ def infer(name: str, settings: Settings) -> Iterator[Cell]:
     """Yield one guided call of the UNet by each variant; the ONNX ones after their exports."""
     device, large = "cuda" if settings.on_gpu else "cpu", name == "sdxl"
     yield Cell("base", 5 if settings.tiny else 90 if large else 30, lambda: timed_base(name, settings))
-    needed = {"eager": 40, "compile": 150, "merged": 60, "swappable": 60}
+    needed = {"eager": 25, "compile": 80, "merged": 40, "swappable": 40}
     exported: set[str] = set()
     variants = [each for each in CALLED[device] if not (settings.tiny and each.endswith("compile"))]
+    if large:  # a minute or two in which nothing else is measured
+        variants.sort(key=lambda each: each.endswith("compile"))
     for variant in variants:
         kind = kind_of(variant)
         if kind is not None and kind not in exported:
             exported.add(kind)
             seconds = 5.0 if settings.tiny else 240.0 if large else 75.0
-            wanted = {*(each for each in variants if kind_of(each) == kind), "swap"} - settings.done
+            wanted = {each for each in variants if kind_of(each) == kind} - settings.done
+            if kind == ONNX_KINDS[device][1] and "swap" not in settings.done:
+                wanted.add("swap")
             yield Cell(
                 f"export_{kind}",
                 seconds,
@@ -62,9 +67,9 @@ def infer(name: str, settings: Settings) -> Iterator[Cell]:
                 again=bool(wanted) and not graph(name, kind, settings).is_file(),
             )
         word = next(part for part in needed if part in variant)
-        seconds = 3.0 if settings.tiny else float(needed[word]) * (1.5 if large else 0.6)
+        seconds = 3.0 if settings.tiny else float(needed[word]) * (1.5 if large else 0.7)
         yield Cell(variant, seconds, lambda variant=variant: called(name, variant, settings))
-    yield Cell("swap", 3 if settings.tiny else 45, lambda: swapped(name, settings))
+    yield Cell("swap", 3 if settings.tiny else 45 if large else 20, lambda: swapped(name, settings))
 
 
 def kind_of(variant: str) -> str | None:
@@ -116,9 +121,8 @@ def called(name: str, variant: str, settings: Settings) -> dict[str, Any]:
     """Load one variant, call it, and return seconds, memory and rate."""
     if not variant.endswith(("eager", "compile")):
         need_onnxruntime()
-    from benchmarks.flops import call_flops
     from benchmarks.inference_gpu import load_gpu
-    from benchmarks.inference_variants import load, unet_inputs
+    from benchmarks.inference_variants import load
 
     job = job_of(name, settings)
     kind = kind_of(variant)
@@ -130,9 +134,10 @@ def called(name: str, variant: str, settings: Settings) -> dict[str, Any]:
     made = load_gpu(variant, job, {}) if settings.on_gpu else load(variant, job, {})
     loaded = time.perf_counter()
     made.prepare()
-    made.call()
+    output = made.call()
     synchronise()
     first = time.perf_counter() - loaded
+    about = difference(variant, output.float().cpu(), job)
     every = seconds_of(made.call, calls, warmup=1 if settings.tiny else 5)
     median = statistics.median(every)
     found: dict[str, Any] = {
@@ -140,13 +145,35 @@ def called(name: str, variant: str, settings: Settings) -> dict[str, Any]:
         "call_seconds_all": [round(value, 6) for value in every],
         "load_seconds": round(loaded - began, 3),
         "first_call_seconds": round(first, 3),
+        **about,
     }
     if settings.on_gpu:
         # ONNX Runtime's memory is not torch's: what the whole device has less. torch's own peak beside it.
         found["device_memory_mb"] = round((free - torch.cuda.mem_get_info()[0]) / MB, 1)
         found["torch_peak_memory_mb"] = round(torch.cuda.max_memory_allocated() / MB, 1)
-    count = call_flops(job.base, unet_inputs(job.base, job.latents))
-    return found | rate(count, median, "fp16" if settings.on_gpu else "fp32")
+    return found | rate(operations(job.base, job.latents), median, "fp16" if settings.on_gpu else "fp32")
+
+
+@functools.cache
+def operations(base: Path, latents: int) -> int:
+    """Return the operations of one call; counted once for all variants."""
+    from benchmarks.flops import call_flops
+    from benchmarks.inference_variants import unet_inputs
+
+    return call_flops(base, unet_inputs(base, latents))
+
+
+def difference(variant: str, output: torch.Tensor, job: Any) -> dict[str, Any]:
+    """Keep what torch gives, and return how far another variant without an adapter is from it."""
+    reference = job.exports / "eager.pt"
+    if variant.endswith("eager"):
+        job.exports.mkdir(parents=True, exist_ok=True)
+        torch.save(output, reference)
+        return {}
+    if "swappable" in variant or not reference.is_file():
+        return {}
+    expected = torch.load(reference, weights_only=True)
+    return {"relative_error": float(f"{(output - expected).norm() / expected.norm():.3g}")}
 
 
 def swapped(name: str, settings: Settings) -> dict[str, Any]:

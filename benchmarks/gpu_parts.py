@@ -75,10 +75,11 @@ def copies(settings: Settings) -> dict[str, Any]:
 def smoke(settings: Settings) -> Iterator[Cell]:
     """Yield the job on the embedded base by the commands themselves."""
     yield Cell("train_and_generate", 10 if settings.tiny else 45, lambda: whole_job(settings))
+    yield Cell("export_and_generate", 20 if settings.tiny else 60, lambda: onnx_job(settings))
 
 
 def whole_job(settings: Settings) -> dict[str, Any]:
-    """Train on toybox, read the file back, draw a picture; return the seconds of each command.
+    """Train on toybox by its defaults, read the file, draw a picture; return each command's seconds.
 
     Raises:
         RuntimeError: a command failed; its last line.
@@ -88,25 +89,59 @@ def whole_job(settings: Settings) -> dict[str, Any]:
     example, out = toybox.example_subject(), settings.work / "smoke"
     trained = ["train", "--instance-data-dir", str(example.folder), "--class-noun", example.class_noun]
     trained += ["--output-dir", str(out / "adapter"), "--overwrite", "--identifier", "sks"]
-    trained += ["--max-train-steps", "2" if settings.tiny else "40", "--prior-source", "instance"]
+    trained += ["--max-train-steps", "2"] if settings.tiny else []
     file = out / "adapter/adapter.safetensors"
-    drawn = ["generate", "--adapter", str(file), "--prompt", f"a photo of sks {example.class_noun}"]
-    drawn += ["--num-inference-steps", "2" if settings.tiny else "25", "--overwrite"]
-    found: dict[str, Any] = {}
-    for name, words in (
-        ("train", trained),
-        ("inspect", ["inspect", str(file)]),
-        ("generate", [*drawn, "--output-dir", str(out / "pictures")]),
-    ):
-        began = time.perf_counter()
-        command = [sys.executable, "-m", "dbadapter", *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"dbadapter {name}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
-        found[f"{name}_seconds"] = round(time.perf_counter() - began, 2)
+    found = {
+        "train_seconds": commanded(trained),
+        "inspect_seconds": commanded(["inspect", str(file)]),
+        "generate_seconds": commanded([*drawn(settings, file), "--output-dir", str(out / "pictures")]),
+    }
     lines = (out / "adapter/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     found["last_instance_loss"] = json.loads(lines[-1])["instance_loss"]
     return found | {"steps": len(lines), "bytes": file.stat().st_size}
+
+
+def onnx_job(settings: Settings) -> dict[str, Any]:
+    """Export toybox for swapping, verify it, draw by it what torch drew; return seconds and how far it is.
+
+    Raises:
+        RuntimeError: a command failed; its last line.
+    """
+    import numpy as np
+    from PIL import Image
+
+    out, target = settings.work / "smoke", "cuda" if settings.on_gpu else "portable"
+    onnx, file = out / "onnx", out / "adapter/adapter.safetensors"
+    words = ["export", "--onnx", "--swappable", "--target", target, "--dtype", "float16"]
+    found: dict[str, Any] = {"target": target}
+    found["export_seconds"] = commanded([*words, "--output-dir", str(onnx), "--overwrite"])
+    found["verify_seconds"] = commanded(["export", "--verify", str(onnx)])
+    words = [*drawn(settings, file), "--onnx", str(onnx), "--output-dir", str(out / "pictures-onnx")]
+    found["generate_seconds"] = commanded(words)
+    both = [np.asarray(Image.open(out / name / "0000.png"), int) for name in ("pictures", "pictures-onnx")]
+    return found | {"most_difference_of_255": int(abs(both[0] - both[1]).max())}
+
+
+def drawn(settings: Settings, file: Path) -> list[str]:
+    """Return the words that draw the subject."""
+    from dbadapter import toybox
+
+    words = ["generate", "--adapter", str(file), "--overwrite"]
+    words += ["--prompt", f"a photo of sks {toybox.example_subject().class_noun}"]
+    return [*words, "--num-inference-steps", "2" if settings.tiny else "25"]
+
+
+def commanded(words: list[str]) -> float:
+    """Run a command in a process of its own and return its seconds.
+
+    Raises:
+        RuntimeError: it failed; its last line.
+    """
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "dbadapter", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"dbadapter {words[0]}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+    return round(time.perf_counter() - began, 2)
 
 
 #: Name -> what yields its cells; in order of worth.

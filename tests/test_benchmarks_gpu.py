@@ -311,3 +311,19 @@ def test_every_part_goes_through_at_a_tiny_size(tmp_path: Path) -> None:
     for name in ("train-sd15 adapter_fp32", "train-sdxl full_fp32", "infer-sdxl merged", "infer-sd15 eager"):
         assert cells[name]["share_of_the_matrix_rate"] > 0
     assert cells["infer-sd15 swap"]["seconds"] > 0
+
+
+def test_what_a_variant_gives_is_compared_with_torch(tmp_path: Path) -> None:
+    job = inference_variants.Job(tmp_path, tmp_path / "exports", 8)
+    expected = torch.tensor([3.0, 4.0])
+    assert gpu_inference.difference("cuda_merged", expected, job) == {}  # nothing to compare with yet
+    assert gpu_inference.difference("cuda_eager", expected, job) == {}
+    assert gpu_inference.difference("cuda_merged", expected * 1.01, job) == {"relative_error": 0.01}
+    assert gpu_inference.difference("cuda_swappable_one", expected, job) == {}  # an adapter is on
+
+
+def test_of_two_exports_the_one_that_is_needed_is_made_again(tmp_path: Path) -> None:
+    done = frozenset({"base", "eager", "export_merged", "merged", "export_swappable", "swappable_one"})
+    settings = Settings(tmp_path, True, 60, 1, None, done)
+    again = [cell.name for cell in gpu_inference.infer("sd15", settings) if cell.again]
+    assert again == ["export_swappable"]  # for the swap, which is left
