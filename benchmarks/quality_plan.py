@@ -93,7 +93,7 @@ SEARCHED: Mapping[str, tuple[float, ...]] = {
     "adapter": (1e-3, 2e-3, 4e-3),
     "full": (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4),
     "rank-1": (2e-3, 4e-3, 8e-3),
-    "full-unet": (2.5e-5, 5e-5, 1e-4, 2e-4),
+    "full-unet": (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4),
     "no-text-encoder": (1e-3, 2e-3, 4e-3),
 }
 
