@@ -12,20 +12,23 @@ from benchmarks.training_runs import RANK, Job, pictures, run
 __all__ = ["train"]
 
 WARMUP = 5
-# Cell -> what it trains with: options, precision.
+# Cell -> what it trains with: options, precision. A batch is in the name; else it is one photograph.
 TRAINED: dict[str, tuple[list[str], str]] = {
     "adapter_bf16": ([], "bf16"),
     "full_bf16": (["--full"], "bf16"),
+    "adapter_bf16_batch4": ([], "bf16"),  # one photograph a step leaves a large GPU waiting for the host
+    "full_bf16_batch4": (["--full"], "bf16"),
     "adapter_fp32": ([], "no"),
     "full_fp32": (["--full"], "no"),
     "adapter_bf16_compile": (["--compile"], "bf16"),
     "adapter_fp16": ([], "fp16"),
+    "adapter_fp32_batch4": ([], "no"),
     "full_bf16_checkpointing": (["--full", "--gradient-checkpointing"], "bf16"),
 }
 PLANS = {
-    "sd15": tuple(name for name in TRAINED if name != "full_bf16_checkpointing"),
+    "sd15": tuple(name for name in TRAINED if name not in ("full_bf16_checkpointing", "adapter_fp32_batch4")),
     "sdxl": ("adapter_bf16", "full_bf16", "full_bf16_checkpointing", "adapter_bf16_compile"),
-    "tiny": ("adapter_fp32", "full_fp32"),
+    "tiny": ("adapter_fp32", "full_fp32", "adapter_fp32_batch4"),
 }
 
 
@@ -59,12 +62,12 @@ def seconds(cell: str, large: bool, settings: Settings) -> float:
     return (50.0 if large else 25.0) + 60.0 * cell.endswith("compile")
 
 
-def job_on(name: str, pixels: int, settings: Settings) -> Job:
+def job_on(name: str, pixels: int, settings: Settings, batch: int = 1) -> Job:
     """Return the job of one base's runs."""
     from dbadapter import toybox
 
     example, folder = toybox.example_subject(), base_of(name, settings)
-    instances, classes = pictures(settings.work, example.folder, 1, pixels, 1)
+    instances, classes = pictures(settings.work, example.folder, 1, pixels, batch)
     return Job(
         base=name,
         folder=folder,
@@ -74,7 +77,7 @@ def job_on(name: str, pixels: int, settings: Settings) -> Job:
         pictures=1,
         noun=example.class_noun,
         resolution=pixels,
-        batch=1,
+        batch=batch,
         work=settings.work,
         threads=settings.threads,
         script=settings.script or Path(),
@@ -91,7 +94,8 @@ def trained(cell: str, name: str, pixels: int, steps: int, settings: Settings) -
     with_text = name != "sdxl"
     words = ["--prior", "distill", "--prior-source", "instance", "--mixed-precision", precision, *options]
     words.append("--train-text-encoder" if with_text else "--no-train-text-encoder")
-    job = job_on(name, pixels, settings)
+    _, _, batch = cell.partition("_batch")
+    job = job_on(name, pixels, settings, int(batch or 1))
     warmup = 1 if settings.tiny else WARMUP
     free_memory()  # this process's own share of the device
     record = run(job, "ours", f"gpu-{name}-{cell}", side_arguments(job, words), warmup + steps)
