@@ -228,7 +228,8 @@ def _cost(found: Any) -> str:
 
 @finding("gpu")
 def _gpu(found: Any) -> str:
-    parts = [f"{sum(part['state'] == 'done' for part in found['parts'].values())} parts measured"]
+    whole = sum(part["state"] == "done" for part in found["parts"].values())
+    parts = [f"{whole} of {len(found['parts'])} parts measured whole"]
     for name, part in found["parts"].items():
         base = NAMES.get(name.partition("-")[2], name)
         told = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from dbadapter.config import TrainConfig
+from dbadapter.encoders import default_prompt_judge
 from dbadapter.photographs import Photograph
 from dbadapter.presets import PRESETS
 
@@ -28,6 +29,7 @@ def advice(
     """
     yield from _rates(config, family)
     yield from _ignored(config, family)
+    yield from _unjudged(config, family)
     for name, prompt in (("instance", config.instance_prompt), ("class", config.class_prompt)):
         if prompt is not None and config.class_noun not in prompt:
             yield f"the {name} prompt {prompt!r} does not say {config.class_noun!r}: set --{name}-prompt"
@@ -43,6 +45,14 @@ def advice(
     bare = [photograph.path.name for photograph in photographs if photograph.mask is None]
     if config.masked_loss and bare:
         yield f"{len(bare)} of {len(photographs)} photographs have no mask, e.g. {bare[0]}; they count whole"
+
+
+def _unjudged(config: TrainConfig, family: str) -> Iterator[str]:
+    if config.select == "best" and not (config.text_image_encoder or default_prompt_judge(family)):
+        yield (
+            "--select best sees the subject and the class here, not whether prompts are obeyed, so nothing "
+            "counts against a checkpoint that knows the photographs by heart: pass --text-image-encoder"
+        )
 
 
 def _rates(config: TrainConfig, family: str) -> Iterator[str]:

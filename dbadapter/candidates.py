@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from dbadapter.adapter import Adapter
 from dbadapter.base import Base, load_base
 from dbadapter.errors import AdapterError, BaseError, UsageError
 
-__all__ = ["Candidate", "check_candidates", "load_candidate", "pipeline_of", "trigger_of"]
+__all__ = ["Candidate", "check_candidates", "load_candidate", "pipeline_of", "told_apart", "trigger_of"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,17 @@ def load_candidate(path: str | Path, class_noun: str, identifier: str | None = N
             f"{path} does not say its words for the subject (modelspec.trigger_phrase): pass --identifier"
         )
     return Candidate(path.stem, path, subject, adapter, path.stat().st_size)
+
+
+def told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return candidates with their folder before names that are not theirs alone: run-a/model."""
+    names = [candidate.name for candidate in candidates]
+    return [
+        replace(each, name=f"{each.path.resolve().parent.name}/{each.name}")
+        if names.count(each.name) > 1
+        else each
+        for each in candidates
+    ]
 
 
 def trigger_of(adapter: Adapter) -> str:

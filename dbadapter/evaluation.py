@@ -33,6 +33,8 @@ __all__ = [
 Progress = Callable[[str, int, int], None]
 Drawn = dict[str, list[Image.Image]]
 NOT_MEASURED = "not measured"
+# Cosines, which may all be 0; of a judge's figures each is a share where all values are right or wrong.
+_COSINES = ("subject_fidelity", "prior_preservation", "drift")
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,9 @@ class Evaluator:
         figures: dict[str, Any] = dict.fromkeys(
             ("prompt_fidelity", "class_fidelity", "unrelated_fidelity", "drift"), NOT_MEASURED
         )
-        figures |= {name: asdict(metrics.estimate(table)) for name, table in tables.items()}
+        figures |= {
+            name: asdict(metrics.estimate(table, shares=_shares(name))) for name, table in tables.items()
+        }
         figures["diversity"] = asdict(metrics.pair_estimate(metrics.distances(of_class)))
         which, cosines = metrics.nearest(subject, self.references)
         figures["nearest_photograph"] = float(cosines.max())
@@ -323,6 +327,7 @@ def evaluate(
             on_pictures(candidate.name, scores.drawn)
     report: dict[str, Any] = {
         "class_noun": class_noun,
+        "words_for_the_subject": {candidate.name: candidate.subject for candidate in candidates},
         "image_encoder": encoder.name,
         "text_image_encoder": prompt_judge.name if prompt_judge else NOT_MEASURED,
         "settings": asdict(evaluator.settings)
@@ -351,11 +356,15 @@ def _differences(tables: Mapping[str, Mapping[str, Tensor]]) -> list[dict[str, A
             "of": name,
             "minus": names[0],
             "figure": key,
-            **asdict(metrics.difference(table, tables[names[0]][key])),
+            **asdict(metrics.difference(table, tables[names[0]][key], shares=_shares(key))),
         }
         for name in names[1:]
         for key, table in tables[name].items()
     ]
+
+
+def _shares(figure: str) -> bool | None:
+    return False if figure in _COSINES else None
 
 
 def _stage(progress: Progress | None, name: str) -> Callable[[int, int], None] | None:

@@ -215,6 +215,8 @@ def _settings(report: Mapping[str, Any]) -> Html:
     if settings.get("guidance_scale", 0) is None:
         settings["guidance_scale"] = "the base's usual one"
     rows: dict[str, Any] = {label: report[key] for key, label in _LABELS.items() if key in report}
+    if words := report.get("words_for_the_subject"):
+        rows["words for the subject"] = _listed(user_text(f"{name}: {said}") for name, said in words.items())
     if accuracy := report.get("encoder_accuracy"):
         rows["the judges' own accuracy on renders that they never saw"] = _listed(
             join(name, " ", number(value)) for name, value in accuracy.items()

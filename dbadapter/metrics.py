@@ -18,6 +18,7 @@ __all__ = [
     "distances",
     "drift",
     "estimate",
+    "is_known",
     "nearest",
     "pair_estimate",
     "prompt_similarity",
@@ -93,8 +94,8 @@ def drift(pictures: Tensor, before: Tensor) -> Tensor:
 def distances(pictures: Tensor) -> Tensor:
     """Return 1 - cosine of every pair, shape (n, n): its mean off the diagonal is the diversity.
 
-    The paper's DIV is the mean LPIPS of such pairs; this is the same mean with an embedding's distance, and
-    goes by the encoder's name.
+    The paper's DIV is the mean LPIPS of pairs that show the subject by the same prompt; this is taken of
+    pictures of the class, by an embedding's distance, and goes by the encoder's name.
     """
     units = _units(pictures)
     return 1 - units @ units.T
@@ -110,24 +111,28 @@ def nearest(pictures: Tensor, photographs: Tensor) -> tuple[Tensor, Tensor]:
     return best.indices, best.values
 
 
-def estimate(values: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
+def estimate(values: Tensor, *, shares: bool | None = None, draws: int = DRAWS, seed: int = 0) -> Figure:
     """Return the mean of a table of prompts x seeds with a bootstrap interval over both.
 
     Prompts and seeds are drawn with replacement, each for itself, because pictures that share a prompt, or a
     seed, are alike (Owen 2007, "The pigeonhole bootstrap"). Over one row or column only the other is drawn.
-    A bootstrap of few units is too narrow, so its interval is widened as Student's is beside the normal one;
-    for a share (all values 0 or 1) it is Wilson's, with the number of pictures that the bootstrap's variance
-    is worth: a share of 1 of few pictures is no certainty. Units are the rows or columns, whichever are more;
-    of fewer than three nothing is known (value -/+ 2).
+    A bootstrap of few units is too narrow, so its interval is widened as Student's is beside the normal one,
+    with the degrees of freedom of whichever of prompts and seeds matters (Satterthwaite 1946). For a share
+    (all values 0 or 1) it is Wilson's, with the number of pictures that the bootstrap's variance is worth: a
+    share of 1 of few pictures is no certainty. With fewer than three prompts and seeds nothing is known
+    (value -/+ 2).
 
     Args:
         values: shape (prompts, seeds).
+        shares: every value is right (1) or wrong (0); None: so they are if all are 0 or 1.
     """
     values = values.double()
-    means, units = _drawn(values, draws, seed), max(values.shape)
-    if _are_shares(values) and units > 2:
-        return _share(float(values.mean()), _worth(values, means, units), units, values.numel())
-    return _figure(float(values.mean()), means, units, values.numel())
+    means, freedom = _drawn(values, draws, seed), _freedom(values)
+    if shares is None:
+        shares = _are_shares(values)
+    if shares and freedom is not None:
+        return _share(float(values.mean()), _worth(values, means, draws, seed), freedom, values.numel())
+    return _figure(float(values.mean()), means, freedom, values.numel())
 
 
 def pair_estimate(table: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
@@ -145,7 +150,7 @@ def pair_estimate(table: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure
     w = _counts(len(table), draws, generator)
     pairs = w.sum(1) ** 2 - (w**2).sum(1)
     means = torch.einsum("di,ij,dj->d", w, table, w)[pairs > 0] / pairs[pairs > 0]
-    return _figure(value, means, len(table), len(table) * (len(table) - 1) // 2)
+    return _figure(value, means, _freedom(table[:, :1]), len(table) * (len(table) - 1) // 2)
 
 
 def difference(
@@ -172,19 +177,18 @@ def difference(
         )
     one, other = one.double(), other.double()
     change = one - other
-    units = max(change.shape)
-    means = _drawn(change, draws, seed)
+    means, freedom = _drawn(change, draws, seed), _freedom(change)
     if shares is None:
         shares = _are_shares(one) and _are_shares(other)
     value = float(change.mean())
-    if units < 3:
-        return _figure(value, means, units, change.numel())
+    if freedom is None:
+        return _figure(value, means, freedom, change.numel())
     if not shares:
-        half = _student(units - 1) * float(means.std()) * (units / (units - 1)) ** 0.5
+        half = _student(freedom) * float(means.std()) * _unbiased(freedom)
         return Figure(value, value - half, value + half, change.numel())
-    worth = _worth(change, means, units)
-    won = _share(float((change > 0).double().mean()), worth, units, change.numel())
-    lost = _share(float((change < 0).double().mean()), worth, units, change.numel())
+    worth = _worth(change, means, draws, seed)
+    won = _share(float((change > 0).double().mean()), worth, freedom, change.numel())
+    lost = _share(float((change < 0).double().mean()), worth, freedom, change.numel())
     # A picture that one of them won is none that it lost: the two shares go against each other.
     room = (1 - won.value) * (1 - lost.value)
     together = -((won.value * lost.value / room) ** 0.5) if room > 0 else 0.0
@@ -195,6 +199,11 @@ def difference(
     low = value - reach(won.value - won.low, lost.high - lost.value)
     high = value + reach(won.high - won.value, lost.value - lost.low)
     return Figure(value, max(low, -1.0), min(high, 1.0), change.numel())
+
+
+def is_known(low: float, high: float) -> bool:
+    """Return whether an interval says anything: of fewer than three prompts and seeds it does not."""
+    return high - low < 2 * NOTHING_KNOWN - 1e-6
 
 
 def _drawn(values: Tensor, draws: int, seed: int) -> Tensor:
@@ -229,32 +238,65 @@ def _counts(n: int, draws: int, generator: torch.Generator) -> Tensor:
     )
 
 
-def _student(freedom: int) -> float:
-    """Return Student's t at 97.5 %; beyond the table by Cornish and Fisher's first terms."""
+def _freedom(values: Tensor) -> float | None:
+    """Return the degrees of freedom of a table's mean, None of fewer than three rows and columns.
+
+    Satterthwaite's, of the variances that rows and that columns give the mean: where three prompts differ
+    much, forty seeds of each make them no more than three.
+    """
+    rows, columns = values.shape
+    if max(rows, columns) < 3:
+        return None
+    if min(rows, columns) == 1:
+        return float(max(rows, columns) - 1)
+    by_row = float(values.mean(1).var()) / rows
+    by_column = float(values.mean(0).var()) / columns
+    if by_row + by_column == 0:
+        return float(max(rows, columns) - 1)
+    return (by_row + by_column) ** 2 / (by_row**2 / (rows - 1) + by_column**2 / (columns - 1))
+
+
+def _student(freedom: float) -> float:
+    """Return Student's t at 97.5 %, at least 1; beyond the table by Cornish and Fisher's first terms."""
     if freedom <= len(_STUDENT):
-        return _STUDENT[freedom - 1]
+        below = max(min(int(freedom), len(_STUDENT) - 1), 1)
+        share = (1 / below - 1 / max(freedom, 1.0)) / (1 / below - 1 / (below + 1))
+        return _STUDENT[below - 1] + share * (_STUDENT[below] - _STUDENT[below - 1])
     z = _NORMAL
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-def _figure(value: float, means: Tensor, units: int, count: int) -> Figure:
-    if units < 3:
+def _unbiased(freedom: float) -> float:
+    """Return what a bootstrap's standard error of few units lacks, as a factor."""
+    return ((freedom + 1) / freedom) ** 0.5
+
+
+def _figure(value: float, means: Tensor, freedom: float | None, count: int) -> Figure:
+    if freedom is None:
         return Figure(value, value - NOTHING_KNOWN, value + NOTHING_KNOWN, count)
     tail = (1 - CONFIDENCE) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    wider = _student(units - 1) / _NORMAL * (units / (units - 1)) ** 0.5
+    wider = _student(freedom) / _NORMAL * _unbiased(freedom)
     return Figure(value, value - wider * (value - low), value + wider * (high - value), count)
 
 
-def _worth(values: Tensor, means: Tensor, units: int) -> float:
-    """Return how many independent pictures the bootstrap's variance is worth; units where nothing varies."""
+def _worth(values: Tensor, means: Tensor, draws: int, seed: int) -> float:
+    """Return how many independent pictures the bootstrap's variance is worth.
+
+    Where all are alike it is what one picture more or less would leave: all right is worth no less than all
+    but one.
+    """
     variance, drawn = float(values.var(correction=0)), float(means.var())
-    return min(max(variance / drawn, 1.0), float(values.numel())) if variance > 0 < drawn else float(units)
+    if variance == 0:
+        values = values.clone()
+        values[0, 0] += 1
+        variance, drawn = float(values.var(correction=0)), float(_drawn(values, draws, seed).var())
+    return min(max(variance / drawn, 1.0), float(values.numel()))
 
 
-def _share(value: float, worth: float, units: int, count: int) -> Figure:
+def _share(value: float, worth: float, freedom: float, count: int) -> Figure:
     """Return a share with Wilson's interval (Wilson 1927) by as many pictures as it is worth."""
-    q = _student(units - 1) ** 2 / worth
+    q = _student(freedom) ** 2 / worth
     middle = (value + q / 2) / (1 + q)
     half = (q * value * (1 - value) + q * q / 4) ** 0.5 / (1 + q)
-    return Figure(value, min(value, middle - half), max(value, middle + half), count)
+    return Figure(value, max(min(value, middle - half), 0.0), min(max(value, middle + half), 1.0), count)

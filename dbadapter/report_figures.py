@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dbadapter.metrics import is_known
 from dbadapter.report_html import Html, bytes_text, element, join, number, signed, user_text
 from dbadapter.svg import Axis, Mark, Point, Rule, axis_of, axis_strip, key_mark, mark_style, scatter, strip
 
@@ -257,12 +258,13 @@ def _difference_row(entry: Mapping[str, Any], axis: Axis, style: str) -> Html:
         [Rule(0.0, "zero")],
         f"{value:+.3f}, interval from {low:+.3f} to {high:+.3f}, against zero",
     )
+    interval = (signed(low), " to ", signed(high)) if is_known(low, high) else ("unknown: too few",)
     return element(
         "tr",
         element("th", label_of(key), scope="row"),
         element("td", key_mark(style), user_text(entry["of"]), cls="words"),
         element("td", signed(value)),
-        element("td", signed(low), " to ", signed(high), cls="range"),
+        element("td", *interval, cls="range"),
         element("td", plot, cls="plot"),
         element("td", _verdict(key, value, shown), cls="words"),
         cls="shown" if shown else None,
@@ -368,8 +370,11 @@ def _prompt_table(
 def _figure_text(figure: Any) -> Html:
     """Return a figure with its interval; "not measured" where there is none."""
     if isinstance(figure, Mapping):
-        interval = element("span", "[", number(figure["low"]), ", ", number(figure["high"]), "]", cls="range")
-        return element("span", number(figure["value"]), " ", interval, cls="figure")
+        low, high = figure["low"], figure["high"]
+        ends = (number(low), ", ", number(high)) if is_known(low, high) else ("unknown: too few",)
+        return element(
+            "span", number(figure["value"]), " ", element("span", "[", *ends, "]", cls="range"), cls="figure"
+        )
     if isinstance(figure, int | float):
         return element("span", number(figure), cls="figure")
     return element("span", figure, cls="missing")

@@ -235,7 +235,7 @@ def _loop(
                 if saving:
                     lines[-1]["validation_loss"] = value = run.processes.mean(validation_loss(run))
                     if selection is not None:
-                        scores = _scored(run, selection)
+                        scores = _scored(run, selection, best)
                         lines[-1].update(scores)
                         value = 1 - scores.get("score", -math.inf)
                     # Of equal scores (all 0 before the subject is there) the later checkpoint knows more.
@@ -265,12 +265,22 @@ def _loop(
     return best
 
 
-def _scored(run: Run, selection: Selection) -> dict[str, float]:
-    """Return the model's score and its parts at this step, the mean over processes; nothing early on."""
+def _scored(run: Run, selection: Selection, best: Best | None) -> dict[str, float]:
+    """Return the model's score and its parts at this step, the mean over processes; nothing early on.
+
+    Raises:
+        TrainingError: its pictures are not finite, and none before was scored.
+    """
     if run.step < scored_from(run.config):
         return {}
     scores = selection.score(run)
     if run.processes.mean(float(not scores)) > 0:  # all processes stop, whichever of them saw it
+        if best is None:
+            raise TrainingError(
+                f"the model's pictures are not finite at step {run.step}, the first that was scored, so "
+                f"there is no checkpoint to choose: lower --learning-rate (it is "
+                f"{run.config.learning_rate:g}) or pass --mixed-precision no, and start again"
+            )
         warnings.warn(
             f"the model's pictures are not finite any more at step {run.step}: the run ends, and the best "
             "checkpoint before it is kept",

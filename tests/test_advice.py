@@ -37,6 +37,7 @@ def test_nothing_to_say_of_the_presets(family: str, options: dict[str, Any]) -> 
     [
         ({"learning_rate": 5e-6}, "5e-06 is one for full fine-tuning, an adapter hardly moves with it"),
         ({"full": True, "learning_rate": 1e-4}, "0.0001 is one for an adapter, it breaks a model"),
+        ({"select": "best"}, "so nothing counts against a checkpoint that knows the photographs by heart"),
         ({"lr_warmup_steps": 500}, "500 steps of warm-up are as many as the run's 500"),
         ({"prior": "none", "num_class_images": 50}, "--num-class-images 50 does nothing with --prior none"),
         ({"prior": "none", "prior_loss_weight": 0.5}, "--prior-loss-weight 0.5 does nothing"),

@@ -17,7 +17,7 @@ from dbadapter import evaluation
 from dbadapter.adapter import Adapter
 from dbadapter.adapter_file import AdapterDescription, write_adapter
 from dbadapter.base import Base, load_base
-from dbadapter.candidates import load_candidate
+from dbadapter.candidates import load_candidate, told_apart
 from dbadapter.cli import main
 from dbadapter.errors import DataError, UsageError
 from dbadapter.evaluation import Settings, evaluate, load_photographs
@@ -233,6 +233,7 @@ def test_the_command(tiny_base_folder: Path, photographs: Path, files: Path, tmp
     assert done.exit_code == 0, done.output
     assert "encoder efficientnet-lite2" in done.output
     assert "hat minus dog, drift" in done.output
+    assert "[unknown: too few]" in done.output
     assert json.loads(out.read_text())["figures"].keys() == {"base", "dog", "hat"}
     again = run(*words, "--compare", *both)
     assert again.exit_code == 1
@@ -245,7 +246,10 @@ def test_the_command(tiny_base_folder: Path, photographs: Path, files: Path, tmp
         ((), "give what is scored"),
         (("x.safetensors",), "paths follow --compare"),
         (("--adapter", "none.safetensors"), "does not exist"),
-        (("--adapter", "dog.safetensors", "--compare", "dog.safetensors"), "two candidates are called 'dog'"),
+        (
+            ("--adapter", "dog.safetensors", "--compare", "dog.safetensors"),
+            "dog': the report tells them apart by name and folder",
+        ),
         (("--adapter", "dog.safetensors", "--image-encoder", "."), "cannot be loaded"),
         (("--adapter", "peft"), "is a PEFT folder: make a file of it with dbadapter convert"),
         (("--adapter", "."), "is a folder: pass a fully tuned model's with --tuned"),
@@ -266,6 +270,15 @@ def test_refusals_are_one_line(
     assert done.stderr.startswith("Error: ")
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_two_of_one_name_are_told_apart_by_their_folder(files: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "dog.safetensors").write_bytes((files / "dog.safetensors").read_bytes())
+    paths = [tmp_path / "a/dog.safetensors", tmp_path / "b/dog.safetensors", files / "hat.safetensors"]
+    names = [each.name for each in told_apart([load_candidate(path, "dog") for path in paths])]
+    assert names == ["a/dog", "b/dog", "hat"]
 
 
 def test_one_photograph_is_not_enough(tmp_path: Path) -> None:

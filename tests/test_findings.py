@@ -118,8 +118,8 @@ def test_a_gpus_line_names_its_limits_and_what_was_reached() -> None:
         "infer-sd15": {"state": "done", "cells": {"cuda_eager": {"call_seconds": 0.02}}},
     }
     assert findings.FINDINGS["gpu"]({"parts": parts}) == (
-        "2 parts measured; matrix products in TFLOP/s: bf16 700, fp32 50; SD1.5 a step: adapter_bf16 50 ms "
-        "(40% of the matrix rate); SD1.5 a call: cuda_eager 20 ms"
+        "2 of 3 parts measured whole; matrix products in TFLOP/s: bf16 700, fp32 50; SD1.5 a step: "
+        "adapter_bf16 50 ms (40% of the matrix rate); SD1.5 a call: cuda_eager 20 ms"
     )
 
 

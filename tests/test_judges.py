@@ -64,6 +64,7 @@ def test_what_a_prompt_names() -> None:
     assert named("a photo of a Mug, on the beach") == ("mug", "on the beach")
     assert named("a photo of a robot") == ("robot", None)
     assert named("a carpet") == (None, None)
+    assert named("a photo of a robot in front of a house") == ("robot", None)  # the first is what it is of
 
 
 def test_pictures_of_any_size_are_judged(renders: list[Image.Image]) -> None:

@@ -20,7 +20,7 @@ from dbadapter.adapter_file import read_adapter
 from dbadapter.cli import main
 from dbadapter.config import TrainConfig
 from dbadapter.curve import SIZE, draw_curve
-from dbadapter.errors import BaseError, ConfigError, DataError, UsageError
+from dbadapter.errors import BaseError, ConfigError, DataError, TrainingError, UsageError
 from dbadapter.evaluation import Evaluator, Scores, overall
 from dbadapter.evaluation_prompts import LIVE, OBJECT, selection_prompts
 from dbadapter.selection import Selection, exhausted
@@ -132,9 +132,11 @@ def test_a_broken_model_has_no_score(monkeypatch: pytest.MonkeyPatch, config: Tr
         raise BaseError("the model gave values that are not finite (NaN)")
 
     monkeypatch.setattr(Evaluator, "score", broken)
-    with pytest.warns(UserWarning, match="not finite any more at step 1"):
-        result = train(replace(config, max_train_steps=4))
-    assert (result.steps, result.chosen_step) == (1, 1)
+    with pytest.raises(
+        TrainingError, match="not finite at step 1, the first that was scored, so there is no"
+    ):
+        train(replace(config, max_train_steps=4))
+    assert not list(config.output_dir.glob("*.safetensors"))
 
 
 def test_a_resumed_run_remembers_its_scores(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

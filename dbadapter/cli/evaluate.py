@@ -150,17 +150,18 @@ def _report(
 ) -> dict[str, Any]:
     from dbadapter import evaluation
     from dbadapter.base import load_base
-    from dbadapter.candidates import load_candidate
+    from dbadapter.candidates import load_candidate, told_apart
     from dbadapter.encoders import default_encoder, default_prompt_judge, load_encoder, load_prompt_judge
     from dbadapter.evaluation_prompts import choose_prompts, default_prompts, read_prompts
 
-    candidates = [load_candidate(path, class_noun, identifier) for path in paths]
+    candidates = told_apart([load_candidate(path, class_noun, identifier) for path in paths])
     names = [candidate.name for candidate in candidates]
     if "base" in names:
         raise UsageError("a candidate is called 'base', as the base itself is in the report: rename it")
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(
-            f"two candidates are called {twice!r}: rename one, the report tells them apart by name"
+            f"two candidates are called {twice!r}: the report tells them apart by name and folder; name each "
+            "file once"
         )
     loaded = load_base(base)
     device = loaded.device.type
@@ -202,15 +203,28 @@ def _show(report: dict[str, Any]) -> None:
         click.echo(f"{name}: " + ", ".join(_cell(label, figures[key]) for key, label in _COLUMNS.items()))
     for entry in report["differences"]:
         click.echo(
-            f"{entry['of']} minus {entry['minus']}, {entry['figure']}: {entry['value']:+.3f} "
-            f"[{entry['low']:+.3f}, {entry['high']:+.3f}]"
+            f"{entry['of']} minus {entry['minus']}, {entry['figure']}: {_decimal(entry['value'], '+')} "
+            f"{_interval(entry, '+')}"
         )
 
 
 def _cell(label: str, figure: Any) -> str:
     if isinstance(figure, dict):
-        return f"{label} {figure['value']:.3f} [{figure['low']:.3f}, {figure['high']:.3f}]"
+        return f"{label} {_decimal(figure['value'])} {_interval(figure)}"
     return f"{label} {figure:.3f}" if isinstance(figure, float) else f"{label} {figure}"
+
+
+def _interval(figure: Any, sign: str = "") -> str:
+    from dbadapter.metrics import is_known
+
+    if not is_known(figure["low"], figure["high"]):
+        return "[unknown: too few]"
+    return f"[{_decimal(figure['low'], sign)}, {_decimal(figure['high'], sign)}]"
+
+
+def _decimal(value: float, sign: str = "") -> str:
+    shown = f"{value:{sign}.3f}"
+    return shown if float(shown) else f"{0:{sign}.3f}"  # no -0.000
 
 
 def _check_outputs(json_path: Path | None, report_path: Path | None, overwrite: bool) -> None:

@@ -86,12 +86,12 @@ def tensor_of(pictures: Sequence[Image]) -> Tensor:
 
 
 def named(prompt: str) -> tuple[str | None, str | None]:
-    """Return the noun and the context that a prompt names, None for what it does not name.
+    """Return the first noun and the context that a prompt names, None for what it does not name.
 
     A prompt without any context's words leaves the place open: the plain studio goes unnamed.
     """
     words = prompt.lower().replace(",", " ").split()
-    noun = next((noun for noun in names.NOUNS if noun in words), None)
+    noun = next((word for word in words if word in names.NOUNS), None)
     said = " ".join(words)
     return noun, next((context for context in names.CONTEXTS if context and context in said), None)
 
