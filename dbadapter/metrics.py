@@ -268,7 +268,7 @@ def _student(freedom: float) -> float:
 
 def _unbiased(freedom: float) -> float:
     """Return what a bootstrap's standard error of few units lacks, as a factor."""
-    return ((freedom + 1) / freedom) ** 0.5
+    return float(((freedom + 1) / freedom) ** 0.5)
 
 
 def _figure(value: float, means: Tensor, freedom: float | None, count: int) -> Figure:
