@@ -16,8 +16,8 @@ FILE = RESULTS / "quality.json"
 MEANS = {
     "likeness": "likeness",
     "context_agreement": "place shown",
-    "prior_preservation": "PRES",
-    "diversity": "DIV",
+    "prior_preservation": "class like the subject (PRES)",
+    "diversity": "class diversity",
     "class_fidelity": "class is class",
     "forgotten": "forgotten of its class",
     "drift": "drift",

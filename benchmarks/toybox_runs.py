@@ -157,7 +157,9 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, run: dict[str, Any]) -> None:
-    """Add a run's line in one write, so that two processes may do so."""
+    """Add a run's line in one write, so that two processes may do so; a line that was cut stays alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab", buffering=0) as file:
-        file.write(json.dumps(run).encode() + b"\n")
+    with path.open("ab+", buffering=0) as file:
+        file.seek(max(file.tell() - 1, 0))
+        begin = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        file.write(begin + json.dumps(run).encode() + b"\n")

@@ -13,7 +13,8 @@ from typing import Any
 from dbadapter import lora
 from dbadapter.adapter import Adapter
 from dbadapter.base import Base, load_base
-from dbadapter.errors import AdapterError, BaseError, UsageError
+from dbadapter.config import read_toml
+from dbadapter.errors import AdapterError, BaseError, ConfigError, UsageError
 
 __all__ = ["Candidate", "check_candidates", "load_candidate", "pipeline_of", "told_apart", "trigger_of"]
 
@@ -46,12 +47,21 @@ def load_candidate(path: str | Path, class_noun: str, identifier: str | None = N
     """
     path = Path(path)
     if path.is_dir():
+        identifier = identifier or _word_of_the_run(path)
         if identifier is None:
             raise UsageError(f"{path} does not say its word for the subject: pass --identifier, e.g. sks")
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         return Candidate(path.name, path, f"{identifier} {class_noun}", None, size)
     adapter = lora.load_adapter(path)
-    subject = f"{identifier} {class_noun}" if identifier else trigger_of(adapter)
+    trigger = trigger_of(adapter)
+    subject = f"{identifier} {class_noun}" if identifier else trigger
+    if identifier and trigger and identifier not in trigger.split():
+        warnings.warn(
+            f"{path} says {trigger!r} and is asked for {subject!r}: leave --identifier out if that is not "
+            "meant",
+            UserWarning,
+            stacklevel=2,
+        )
     if subject and not re.search(rf"\b{re.escape(class_noun.strip())}\b", subject, re.IGNORECASE):
         warnings.warn(
             f"{path} says {subject!r}, which has no {class_noun} in it: was it trained with another "
@@ -64,6 +74,16 @@ def load_candidate(path: str | Path, class_noun: str, identifier: str | None = N
             f"{path} does not say its words for the subject (modelspec.trigger_phrase): pass --identifier"
         )
     return Candidate(path.stem, path, subject, adapter, path.stat().st_size)
+
+
+def _word_of_the_run(folder: Path) -> str | None:
+    """Return the identifier of the run that left a tuned model, from the configuration beside it."""
+    try:
+        values = read_toml(folder.resolve().parent / "config.toml")
+    except ConfigError:
+        return None
+    word = values.get("identifier")
+    return word if isinstance(word, str) and word.strip() else None
 
 
 def told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -108,7 +128,11 @@ def check_candidates(base: Base, candidates: Sequence[Candidate]) -> None:
 def pipeline_of(base: Base, candidate: Candidate) -> Iterator[Any]:
     """Give the candidate's pipeline; the base is as it was afterwards."""
     if candidate.adapter is None:
-        yield load_base(str(candidate.path)).pipeline
+        pipeline = load_base(str(candidate.path)).pipeline
+        # The base's sampler: a folder's own could be another, and the two would not compare.
+        predicts, sampler = pipeline.scheduler.config.prediction_type, base.pipeline.scheduler
+        pipeline.scheduler = type(sampler).from_config(sampler.config, prediction_type=predicts)
+        yield pipeline
         return
     lora.apply(base.pipeline, {candidate.adapter: 1.0})
     try:

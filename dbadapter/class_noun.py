@@ -265,7 +265,9 @@ def _sure(vote: Vote, config: TrainConfig) -> str:
         # Of anything else its classifier knows nothing, however sure it is.
         cure += f"; toybox knows only its toys ({', '.join(toybox_nouns()[0])}): real things need --base"
     elif vote.share >= PLAUSIBLE:
-        cure = f"--class-noun {shlex.quote(vote.noun)}, or another"
+        cure = f"--class-noun {shlex.quote(vote.noun)} or what they show"
+        if len(vote.candidates) > 1 and vote.candidates[1][1] >= PLAUSIBLE:  # two subjects
+            cure += ", and take out photographs of anything else"
     folder = config.instance_data_dir
     raise DataError(f"the photographs in {folder} are not clearly one class: {shares}: pass {cure}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from dbadapter import metrics
 from dbadapter.base import Base
 from dbadapter.candidates import Candidate, check_candidates, pipeline_of
 from dbadapter.encoders import Encoder, PromptJudge
-from dbadapter.errors import DataError
+from dbadapter.errors import BaseError, DataError
 from dbadapter.evaluation_prompts import Prompts
 from dbadapter.photographs import find_photographs, load_crop
 from dbadapter.sampling import Picture, default_guidance, generate_pictures
@@ -174,6 +175,10 @@ class Evaluator:
             name: asdict(metrics.estimate(table, shares=_shares(name))) for name, table in tables.items()
         }
         figures["diversity"] = asdict(metrics.pair_estimate(metrics.distances(of_class)))
+        for name, figure in figures.items():
+            if isinstance(figure, dict) and metrics.is_known(figure["low"], figure["high"]):
+                least, most = (0.0, 2.0) if name in ("drift", "diversity") else (-1.0, 1.0)
+                figure |= {"low": max(figure["low"], least), "high": min(figure["high"], most)}
         which, cosines = metrics.nearest(subject, self.references)
         figures["nearest_photograph"] = float(cosines.max())
         figures["nearest"] = [
@@ -297,7 +302,8 @@ def evaluate(
     - diversity: mean 1 - cosine over pairs of pictures of the class; more is better.
     - drift: mean 1 - cosine to the base's picture for the same unrelated prompt and seed.
     - unrelated_fidelity: prompt_fidelity of those pictures: do they still show what was asked for?
-    - nearest_photograph: the largest cosine of a picture and a photograph; near 1, it was memorised.
+    - nearest_photograph: the largest cosine of a picture and a photograph. Well above what two photographs
+      have at most ("photographs_nearest"), one was memorised.
 
     Beside them "nearest" (each picture of the subject: its nearest photograph, their cosine) and "per_prompt"
     (means over the seeds, in the prompts' order).
@@ -308,8 +314,11 @@ def evaluate(
         photographs, prompts, class_noun, encoder, prompt_judge, settings: as for `Evaluator`.
         progress: called with (stage, pictures done, of how many).
         on_pictures: called with "base", then each candidate's name, and its pictures (`Scores.drawn`).
+    Raises:
+        BaseError: no candidate gives pictures that are finite; one of several is "left_out", with a warning.
     """
     check_candidates(base, candidates)
+    _warn_of_twins(photographs)
     chosen = settings or Settings()
     if chosen.resolution is None:
         chosen = replace(chosen, resolution=base.resolution)
@@ -317,14 +326,21 @@ def evaluate(
     scores = evaluator.score_base(base.pipeline, _stage(progress, "base"))
     if on_pictures is not None:
         on_pictures("base", scores.drawn)
-    found, tables = {"base": scores.figures}, {}
+    found, tables, left_out = {"base": scores.figures}, {}, {}
     for candidate in candidates:
-        with pipeline_of(base, candidate) as pipeline:
-            scores = evaluator.score(pipeline, candidate.subject, _stage(progress, candidate.name))
+        try:
+            with pipeline_of(base, candidate) as pipeline:
+                scores = evaluator.score(pipeline, candidate.subject, _stage(progress, candidate.name))
+        except BaseError as error:  # what hours have drawn of the others must not be lost with it
+            left_out[candidate.name] = str(error)
+            warnings.warn(f"{candidate.path} is left out: {error}", UserWarning, stacklevel=2)
+            continue
         found[candidate.name] = scores.figures | {"bytes": candidate.bytes}
         tables[candidate.name] = scores.tables
         if on_pictures is not None:
             on_pictures(candidate.name, scores.drawn)
+    if left_out and not tables:
+        raise BaseError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()))
     report: dict[str, Any] = {
         "class_noun": class_noun,
         "words_for_the_subject": {candidate.name: candidate.subject for candidate in candidates},
@@ -337,6 +353,7 @@ def evaluate(
             "unrelated_prompts": list(prompts.unrelated),
         },
         "subject_ceiling": evaluator.ceiling(),
+        "photographs_nearest": metrics.closest(evaluator.references),
         "figures": found,
         "differences": _differences(tables),
     }
@@ -345,7 +362,17 @@ def evaluate(
         accuracy = {
             name: value for name, value in (prompt_judge.accuracy or {}).items() if name != "instance"
         }
+    report |= {"left_out": left_out} if left_out else {}
     return report | ({"encoder_accuracy": accuracy} if accuracy else {})
+
+
+def _warn_of_twins(photographs: Sequence[Image.Image]) -> None:
+    if len({picture.tobytes() for picture in photographs}) < len(photographs):
+        warnings.warn(
+            "two of the photographs are the same picture: the likeness among them is too high by that",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _differences(tables: Mapping[str, Mapping[str, Tensor]]) -> list[dict[str, Any]]:

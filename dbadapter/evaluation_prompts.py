@@ -6,6 +6,7 @@ The two lists of 25 are the evaluation prompts of DreamBooth's dataset (github.c
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,10 +108,12 @@ def default_prompts(family: str, class_noun: str, kind: str = "object") -> Promp
         kind: "object" or "live", which of the paper's lists.
     """
     if family != "toybox":
-        return choose_prompts(class_noun, LIVE if kind == "live" else OBJECT)
+        named = re.compile(rf"\b{re.escape(class_noun.strip())}\b", re.IGNORECASE)
+        others = [prompt for prompt in UNRELATED if not named.search(prompt)]  # a car is no stranger to a car
+        return choose_prompts(class_noun, LIVE if kind == "live" else OBJECT, others)
     from dbadapter.toybox.names import CONTEXTS, NOUNS
 
-    others = [noun for noun in NOUNS if noun != class_noun][: len(UNRELATED)]
+    others = [noun for noun in NOUNS if noun != class_noun.strip().lower()][: len(UNRELATED)]
     return choose_prompts(
         class_noun,
         tuple(f"a photo of {{}} {context}".strip() for context in CONTEXTS),

@@ -69,7 +69,10 @@ def report_page(report: Mapping[str, Any], pictures: ReportPictures) -> str:
     title = f"{', '.join(names) or 'base'}: {noun} on {report.get('base', 'its base')}"
     parts: dict[str, Html] = {
         "summary": join(
-            element("p", "Means, in brackets their intervals of 95 % (bootstrap over prompts and seeds)."),
+            element(
+                "p",
+                "Means, in brackets their intervals of 95 % (bootstrap; of shares Wilson's).",
+            ),
             summary_table(report),
         ),
         "figures": join(
@@ -84,7 +87,10 @@ def report_page(report: Mapping[str, Any], pictures: ReportPictures) -> str:
         ),
         "differences": differences_table(report),
         "pictures": join(
-            element("p", "The noun in each prompt stands for the candidate's own words for the subject."),
+            element(
+                "p",
+                "The noun in each prompt stands for the candidate's own words for the subject (Settings).",
+            ),
             photograph_strip(pictures),
             subject_grids(report, pictures),
         ),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "Figure",
+    "closest",
     "difference",
     "distances",
     "drift",
@@ -71,6 +72,15 @@ def subject_ceiling(photographs: Tensor) -> float:
         ValueError: there is one only.
     """
     return float(1 - _off_diagonal(distances(photographs)).mean())
+
+
+def closest(photographs: Tensor) -> float:
+    """Return the largest cosine of two different photographs: a picture well above it is a copy of one.
+
+    Args:
+        photographs: embeddings, shape (m, d), m at least 2.
+    """
+    return float(1 - _off_diagonal(distances(photographs)).min())
 
 
 def prompt_similarity(pictures: Tensor, prompts: Tensor) -> Tensor:

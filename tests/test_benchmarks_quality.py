@@ -187,6 +187,9 @@ def test_a_line_that_was_cut_is_run_again(tmp_path: Path) -> None:
     with runs.open("a") as file:
         file.write('{"key": "c", "sco')
     assert [run["key"] for run in read_runs(runs)] == ["a", "b"]
+    append(runs, {"key": "d"})
+    append(runs, {"key": "e"})
+    assert [run["key"] for run in read_runs(runs)] == ["a", "b", "d", "e"]
     assert read_runs(tmp_path / "none.jsonl") == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from dbadapter.adapter_file import AdapterDescription, write_adapter
 from dbadapter.base import Base, load_base
 from dbadapter.candidates import load_candidate, told_apart
 from dbadapter.cli import main
-from dbadapter.errors import DataError, UsageError
+from dbadapter.errors import BaseError, DataError, UsageError
 from dbadapter.evaluation import Settings, evaluate, load_photographs
 from dbadapter.evaluation_prompts import LIVE, OBJECT, Prompts, choose_prompts, default_prompts, read_prompts
 from dbadapter.export.parity import synthetic_adapter
@@ -156,6 +157,8 @@ def test_a_tuned_model_needs_its_word(base: Base, photographs: Path, tmp_path: P
     write_model_folder(base.pipeline, tmp_path / "tuned")
     with pytest.raises(UsageError, match="pass --identifier"):
         load_candidate(tmp_path / "tuned", "dog")
+    (tmp_path / "config.toml").write_text('identifier = "wxv"\n')  # of the run that left it
+    assert load_candidate(tmp_path / "tuned", "dog").subject == "wxv dog"
     candidate = load_candidate(tmp_path / "tuned", "dog", "sks")
     report = evaluate(
         base,
@@ -281,6 +284,43 @@ def test_two_of_one_name_are_told_apart_by_their_folder(files: Path, tmp_path: P
     assert names == ["a/dog", "b/dog", "hat"]
 
 
+def test_a_broken_candidate_takes_the_others_not_with_it(
+    base: Base, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, other = (load_candidate(files / f"{name}.safetensors", "dog") for name in ("dog", "hat"))
+    draw = evaluation.Evaluator.score
+
+    def score(self: Any, pipeline: Any, subject: str, progress: Any = None) -> Any:
+        if subject == other.subject:
+            raise BaseError("the model gave values that are not finite (NaN)")
+        return draw(self, pipeline, subject, progress)
+
+    monkeypatch.setattr(evaluation.Evaluator, "score", score)
+    shown = load_photographs(photographs, 32)
+    words = {"class_noun": "dog", "encoder": PIXELS, "settings": FEW}
+    other = replace(other, subject="hat dog")
+    with pytest.warns(UserWarning, match=r"hat.safetensors is left out: the model gave values"):
+        report = evaluate(base, [good, other], shown, PROMPTS, **words)
+    assert report["figures"].keys() == {"base", "dog"}
+    assert report["left_out"] == {"hat": "the model gave values that are not finite (NaN)"}
+    with (
+        pytest.warns(UserWarning, match="is left out"),
+        pytest.raises(BaseError, match="hat: the model gave values that are not finite"),
+    ):
+        evaluate(base, [other], shown, PROMPTS, **words)
+
+
+def test_the_same_photograph_twice_is_told(base: Base, photographs: Path, files: Path) -> None:
+    shown = load_photographs(photographs, 32)
+    with pytest.warns(UserWarning, match="two of the photographs are the same picture"):
+        evaluation._warn_of_twins([*shown, shown[0]])
+
+
+def test_unrelated_prompts_do_not_name_the_class() -> None:
+    assert any("sports car" in prompt for prompt in default_prompts("sd1", "dog").unrelated)
+    assert not any("car" in prompt.split() for prompt in default_prompts("sd1", "Car").unrelated)
+
+
 def test_one_photograph_is_not_enough(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
     with pytest.raises(DataError, match="holds 1 photograph"):
@@ -290,6 +330,11 @@ def test_one_photograph_is_not_enough(tmp_path: Path) -> None:
 def test_an_adapter_of_another_noun_is_told(files: Path) -> None:
     with pytest.warns(UserWarning, match="has no cat in it: was it trained with another --class-noun"):
         assert load_candidate(files / "dog.safetensors", "cat").subject.endswith("dog")
+
+
+def test_another_word_than_the_adapters_own_is_told(files: Path) -> None:
+    with pytest.warns(UserWarning, match="and is asked for 'zzz dog': leave --identifier out if that is not"):
+        assert load_candidate(files / "dog.safetensors", "dog", "zzz").subject == "zzz dog"
 
 
 def test_an_adapter_without_words_asks_for_them(base: Base, tmp_path: Path) -> None:

@@ -65,6 +65,7 @@ def test_what_a_prompt_names() -> None:
     assert named("a photo of a robot") == ("robot", None)
     assert named("a carpet") == (None, None)
     assert named("a photo of a robot in front of a house") == ("robot", None)  # the first is what it is of
+    assert named("a dog on watermelon") == ("dog", None)
 
 
 def test_pictures_of_any_size_are_judged(renders: list[Image.Image]) -> None:

@@ -35,6 +35,7 @@ def test_a_perfect_copy_scores_the_ceiling_and_noise_the_floor() -> None:
 def test_a_memorising_adapter_is_caught() -> None:
     generator = torch.Generator().manual_seed(0)
     photographs = torch.randn(4, 256, generator=generator)
+    assert metrics.closest(photographs) < 0.3
     which, cosine = metrics.nearest(photographs[[2, 0]] * 3, photographs)
     assert which.tolist() == [2, 0]
     assert cosine.tolist() == pytest.approx([1, 1])

@@ -24,16 +24,18 @@ __all__ = ["evaluate"]
 
 _MADE_WITH = ("torch", "diffusers", "transformers")
 _KINDS = ("object", "live")
-_COLUMNS = {
-    "subject_fidelity": "subject",
-    "prompt_fidelity": "prompt",
-    "class_fidelity": "class",
-    "prior_preservation": "class is subject",
-    "diversity": "class diversity",
-    "drift": "drift",
-    "unrelated_fidelity": "unrelated",
-    "nearest_photograph": "nearest photograph",
+# Figure -> what it is called in the terminal, and what is better.
+_ROWS = {
+    "subject_fidelity": ("subject like its photographs", "more"),
+    "prompt_fidelity": ("prompts obeyed", "more"),
+    "class_fidelity": ("class still as asked", "more"),
+    "prior_preservation": ("class like the subject", "less"),
+    "diversity": ("class diversity", "more"),
+    "drift": ("drift of other prompts", "less"),
+    "unrelated_fidelity": ("others still as asked", "more"),
+    "nearest_photograph": ("nearest photograph", ""),
 }
+_BESIDE = 3  # models side by side in the terminal
 
 
 @click.command()
@@ -48,7 +50,8 @@ _COLUMNS = {
               help="The subject's photographs.")  # fmt: skip
 @click.option("--class-noun", required=True, metavar="NOUN", help="What the subject is, e.g. dog.")
 @click.option("--identifier", metavar="TOKEN",
-              help="The word for the subject.  [default: what the adapter's file says]")  # fmt: skip
+              help="The word for the subject, of all.  "
+              "[default: what each adapter's file, or the run of a tuned model, says]")  # fmt: skip
 @click.option("--prompts", "prompts_file", type=FilePath(), metavar="FILE",
               help="One prompt a line, {} for the subject.  "
               "[default: DreamBooth's 25; on toybox its contexts]")  # fmt: skip
@@ -197,10 +200,13 @@ def _show(report: dict[str, Any]) -> None:
         said = ", ".join(f"{name} {value:.3f}" for name, value in accuracy.items())
         click.echo(f"the judges' own accuracy on renders that they never saw: {said}")
     click.echo(
-        f"encoder {report['image_encoder']}; photographs among themselves {report['subject_ceiling']:.3f}"
+        f"encoder {report['image_encoder']}; photographs among themselves {report['subject_ceiling']:.3f}, "
+        f"at most {report['photographs_nearest']:.3f}"
     )
-    for name, figures in report["figures"].items():
-        click.echo(f"{name}: " + ", ".join(_cell(label, figures[key]) for key, label in _COLUMNS.items()))
+    names = list(report["figures"])
+    for start in range(0, len(names), _BESIDE):
+        for line in _table({name: report["figures"][name] for name in names[start : start + _BESIDE]}):
+            click.echo(line)
     for entry in report["differences"]:
         click.echo(
             f"{entry['of']} minus {entry['minus']}, {entry['figure']}: {_decimal(entry['value'], '+')} "
@@ -208,10 +214,23 @@ def _show(report: dict[str, Any]) -> None:
         )
 
 
-def _cell(label: str, figure: Any) -> str:
+def _table(figures: dict[str, Any]) -> list[str]:
+    """Return a line for each figure, a column for each model, with intervals of 95 %."""
+    rows = [["mean [95 %]", "better", *figures]]
+    rows += [
+        [label, better, *(_cell(of[key]) for of in figures.values())]
+        for key, (label, better) in _ROWS.items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _cell(figure: Any) -> str:
     if isinstance(figure, dict):
-        return f"{label} {_decimal(figure['value'])} {_interval(figure)}"
-    return f"{label} {figure:.3f}" if isinstance(figure, float) else f"{label} {figure}"
+        return f"{_decimal(figure['value'])} {_interval(figure)}"
+    return f"{figure:.3f}" if isinstance(figure, float) else str(figure)
 
 
 def _interval(figure: Any, sign: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,7 +92,7 @@ def _say(result: TrainResult) -> None:
         click.echo(f"Adapter: {result.adapter_path}")
         call = f"{base} --adapter {path}".strip()
     if result.chosen_step is not None:
-        click.echo(f"Best score: step {result.chosen_step} of {result.steps}")
+        click.echo(f"Best score: step {result.chosen_step} of {result.steps}{_score_of(result)}")
     if result.last_path is not None:
         click.echo(f"The last step's adapter: {result.last_path}")
     if result.best_path is not None:
@@ -100,6 +101,16 @@ def _say(result: TrainResult) -> None:
         f'Try it: dbadapter generate {call} --prompt "a photo of {word} {noun} on the beach" '
         "--output-dir pictures"
     )
+
+
+def _score_of(result: TrainResult) -> str:
+    """Return the score that chose the file, and what to do where it says that nothing was learned."""
+    lines = map(json.loads, result.metrics_path.read_text(encoding="utf-8").splitlines())
+    scores = [line["score"] for line in lines if line["step"] == result.chosen_step and "score" in line]
+    if not scores:
+        return ""
+    hint = "" if scores[-1] > 0 else "; no checkpoint shows the subject yet: pass more --max-train-steps"
+    return f", {scores[-1]:.3f} of 1{hint}"
 
 
 def _say_noun(resolved: Path) -> None:

@@ -92,8 +92,8 @@ def named(prompt: str) -> tuple[str | None, str | None]:
     """
     words = prompt.lower().replace(",", " ").split()
     noun = next((word for word in words if word in names.NOUNS), None)
-    said = " ".join(words)
-    return noun, next((context for context in names.CONTEXTS if context and context in said), None)
+    said = f" {' '.join(words)} "
+    return noun, next((context for context in names.CONTEXTS if context and f" {context} " in said), None)
 
 
 def _network(outputs: int) -> nn.Module:
