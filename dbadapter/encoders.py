@@ -130,6 +130,8 @@ def load_text_image_encoder(spec: str, device: str = "cpu") -> Encoder:
     Raises:
         UsageError: it cannot be loaded, or has no text side.
     """
+    if spec == DEFAULT_ENCODER:
+        raise UsageError(f"{spec} has no text side: pass the folder or hub id of a CLIP model")
     model, processor = _of_transformers(spec, device)
     if not hasattr(model, "get_text_features"):
         raise UsageError(f"{spec} has no text side ({type(model).__name__}): pass a CLIP model")

@@ -99,7 +99,8 @@ def evaluate(
 
     \b
     Example:
-      dbadapter evaluate --adapter my-dog/my-dog.safetensors --instance-data-dir photos --class-noun dog
+      dbadapter evaluate --base BASE --adapter my-dog/my-dog.safetensors \\
+          --instance-data-dir photos --class-noun dog --kind live
     """
     paths = [path for path in (adapter, tuned) if path is not None] + [*compare, *more]
     if class_noun == "auto":
