@@ -165,7 +165,9 @@ def measure(
             click.echo(f"{name}: left, {remaining:.0f} s are too few", err=True)
             continue
         click.echo(f"{name}: begins, {remaining:.0f} s are left", err=True)
-        done = {cell: about for cell, about in earlier.get("cells", {}).items() if "failed" not in about}
+        # What was not measured may be by now: an export that had not fitted before, a package.
+        cells = earlier.get("cells", {}).items()
+        done = {cell: about for cell, about in cells if not {"failed", "not_measured"} & about.keys()}
         at = clock()
         try:
             record = run(name, {**settings, "done": done}, remaining)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,16 @@ TRAINED: dict[str, tuple[list[str], str]] = {
     "adapter_fp32_batch4": ([], "no"),
     "full_bf16_checkpointing": (["--full", "--gradient-checkpointing"], "bf16"),
 }
+# Both sides of `benchmarks.training`'s like for like, where the script is given.
+ON_THE_SCRIPTS_JOB = {"peer_on_the_scripts_job_bf16": "peer", "ours_on_the_scripts_job_bf16": "ours"}
+# In order of worth.
 PLANS = {
-    "sd15": tuple(name for name in TRAINED if name not in ("full_bf16_checkpointing", "adapter_fp32_batch4")),
+    "sd15": (
+        *("adapter_bf16", "full_bf16", *ON_THE_SCRIPTS_JOB, "adapter_bf16_batch4", "full_bf16_batch4"),
+        *("adapter_fp32", "full_fp32", "adapter_bf16_compile", "adapter_fp16"),
+    ),
     "sdxl": ("adapter_bf16", "full_bf16", "full_bf16_checkpointing", "adapter_bf16_compile"),
-    "tiny": ("adapter_fp32", "full_fp32", "adapter_fp32_batch4"),
+    "tiny": ("adapter_fp32", "full_fp32", *ON_THE_SCRIPTS_JOB, "adapter_fp32_batch4"),
 }
 
 
@@ -37,28 +44,21 @@ def train(name: str, settings: Settings) -> Iterator[Cell]:
     pixels, _, steps, _ = TINY if settings.tiny else SIZES[name]
     large = name == "sdxl"
     yield Cell("base", 5 if settings.tiny else 90 if large else 30, lambda: timed_base(name, settings))
-    plan = PLANS["tiny" if settings.tiny else name]
-    for cell in plan[:2]:  # what is asked first: an adapter beside full fine-tuning, then beside their script
-        yield Cell(
-            cell, seconds(cell, large, settings), lambda c=cell: trained(c, name, pixels, steps, settings)
-        )
-    if settings.script is not None and not large:
-        for side in ("peer", "ours"):
-            yield Cell(
-                f"{side}_on_the_scripts_job_bf16",
-                10 if settings.tiny else 30,
-                lambda side=side: on_their_job(side, name, pixels, steps, settings),
-            )
-    for cell in plan[2:]:
-        yield Cell(
-            cell, seconds(cell, large, settings), lambda c=cell: trained(c, name, pixels, steps, settings)
-        )
+    for cell in PLANS["tiny" if settings.tiny else name]:
+        if cell not in ON_THE_SCRIPTS_JOB:
+            measure = functools.partial(trained, cell)
+        elif settings.script is None or large:
+            continue
+        else:
+            measure = functools.partial(on_their_job, ON_THE_SCRIPTS_JOB[cell])
+        job = functools.partial(measure, name, pixels, steps, settings)
+        yield Cell(cell, seconds(cell, large, settings), job)
 
 
 def seconds(cell: str, large: bool, settings: Settings) -> float:
     """Return about how long one run takes, starting and loading included."""
     if settings.tiny:
-        return 5.0
+        return 10.0 if cell in ON_THE_SCRIPTS_JOB else 5.0
     return (50.0 if large else 25.0) + 60.0 * cell.endswith("compile")
 
 

@@ -110,12 +110,13 @@ def check_candidates(base: Base, candidates: Sequence[Candidate]) -> None:
         BaseError: a tuned model cannot be loaded, or is of another family.
     """
     for candidate in candidates:
-        try:
-            with pipeline_of(base, candidate) as pipeline:
-                del pipeline
-        except AdapterError as error:
-            raise AdapterError(f"{candidate.path}: {error}") from error
-        if candidate.adapter is None:
+        if candidate.adapter is not None:
+            try:
+                with pipeline_of(base, candidate) as pipeline:
+                    del pipeline
+            except AdapterError as error:
+                raise AdapterError(f"{candidate.path}: {error}") from error
+        else:
             family = load_base(str(candidate.path)).family
             if family != base.family:
                 raise BaseError(

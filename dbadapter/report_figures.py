@@ -216,9 +216,7 @@ def differences_table(report: Mapping[str, Any]) -> Html:
     if not entries:
         return element("p", "There is one candidate only, so nothing to compare.", cls="note")
     axes = {
-        key: axis_of(
-            [0.0, *(e[end] for e in entries if e["figure"] == key for end in ("low", "value", "high"))]
-        )
+        key: axis_of([0.0, *(part for e in entries if e["figure"] == key for part in _triple(e) or ())])
         for key in {entry["figure"] for entry in entries}
     }
     rows = [
@@ -251,14 +249,16 @@ def differences_table(report: Mapping[str, Any]) -> Html:
 def _difference_row(entry: Mapping[str, Any], axis: Axis, style: str) -> Html:
     value, low, high, key = entry["value"], entry["low"], entry["high"], entry["figure"]
     shown = low > 0 or high < 0
-    mark = Mark(value, style, low, high)
+    known = is_known(low, high)
+    mark = Mark(value, style, low, high) if known else Mark(value, style)
+    said = f"interval from {low:+.3f} to {high:+.3f}" if known else "interval unknown"
     plot = strip(
         axis,
         [mark],
         [Rule(0.0, "zero")],
-        f"{value:+.3f}, interval from {low:+.3f} to {high:+.3f}, against zero",
+        f"{value:+.3f}, {said}, against zero",
     )
-    interval = (signed(low), " to ", signed(high)) if is_known(low, high) else ("unknown: too few",)
+    interval = (signed(low), " to ", signed(high)) if known else ("unknown: too few",)
     return element(
         "tr",
         element("th", label_of(key), scope="row"),
@@ -381,9 +381,11 @@ def _figure_text(figure: Any) -> Html:
 
 
 def _triple(figure: Any) -> tuple[float, float, float] | None:
-    """Return (low, value, high) of a figure that was measured; without an interval all three are one."""
+    """Return (low, value, high) of a measured figure; all three are one where no interval is known."""
     if isinstance(figure, Mapping):
-        found = (float(figure["low"]), float(figure["value"]), float(figure["high"]))
+        value, ends = float(figure["value"]), (float(figure["low"]), float(figure["high"]))
+        # Of too few there is a dot without a bar, which would leave no room for the others.
+        found = (ends[0], value, ends[1]) if is_known(*ends) else (value,) * 3
         return found if all(map(math.isfinite, found)) else None
     if isinstance(figure, int | float) and math.isfinite(figure):
         return (float(figure),) * 3
