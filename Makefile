@@ -11,9 +11,9 @@ TORCH = $(shell grep '^torch==' constraints.txt)
 # What can differ between the two sets of packages and is quick, or is the point of the older one.
 OPTIMUM_TESTS = tests/optimum $(addprefix tests/,parity/test_file_equals_model.py \
 	parity/test_merged_equals_adapter_on.py parity/test_sdxl_file_in_diffusers.py parity/test_formats_in_diffusers.py test_adapter_file.py \
-	test_base.py test_environments.py test_export.py test_keys.py test_lean.py test_lora.py \
+	test_adapter_file_refusals.py test_base.py test_environments.py test_export.py test_keys.py test_lean.py test_lora.py \
 	test_memory.py::test_what_saves_memory_does test_model_folder.py test_sampling.py test_single_file.py \
-	test_tokens.py test_training.py)
+	test_tokens.py test_training.py test_training_endings.py::test_resumed_run_equals_an_unbroken_one)
 
 .PHONY: help demo test test-optimum lint readme benchmarks-readme clean
 
