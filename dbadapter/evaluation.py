@@ -85,12 +85,14 @@ class Scores:
 
     Attributes:
         figures: as `evaluate` gives them.
-        tables: figure -> shape (prompts, seeds), those that can be paired with another candidate's.
+        tables: figure -> shape (prompts, seeds), to be paired with another candidate's.
+        pairs: figure -> of every pair of pictures, shape (pictures, pictures), to be paired in the same way.
         drawn: "subject", "class", "unrelated" -> pictures, prompts x seeds, the seed running fastest.
     """
 
     figures: dict[str, Any]
     tables: dict[str, Tensor]
+    pairs: dict[str, Tensor]
     drawn: Drawn
 
 
@@ -174,7 +176,8 @@ class Evaluator:
         figures |= {
             name: asdict(metrics.estimate(table, shares=_shares(name))) for name, table in tables.items()
         }
-        figures["diversity"] = asdict(metrics.pair_estimate(metrics.distances(of_class)))
+        pairs = {"diversity": metrics.distances(of_class)}
+        figures |= {name: asdict(metrics.pair_estimate(table)) for name, table in pairs.items()}
         for name, figure in figures.items():
             if isinstance(figure, dict) and metrics.is_known(figure["low"], figure["high"]):
                 least, most = (0.0, 2.0) if name in ("drift", "diversity") else (-1.0, 1.0)
@@ -191,7 +194,7 @@ class Evaluator:
             for name, table in tables.items()
             if name in ("subject_fidelity", "prompt_fidelity") and len(table) == rows
         }
-        return Scores(figures, tables, drawn)
+        return Scores(figures, tables, pairs, drawn)
 
     def _judged(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> dict[str, Tensor]:
         """Return the prompt judge's figures, shape (prompts, seeds), without prompts that give it nothing."""
@@ -326,7 +329,9 @@ def evaluate(
     scores = evaluator.score_base(base.pipeline, _stage(progress, "base"))
     if on_pictures is not None:
         on_pictures("base", scores.drawn)
-    found, tables, left_out = {"base": scores.figures}, {}, {}
+    found: dict[str, Any] = {"base": scores.figures}
+    compared: dict[str, Scores] = {}
+    left_out: dict[str, str] = {}
     for candidate in candidates:
         try:
             with pipeline_of(base, candidate) as pipeline:
@@ -336,10 +341,10 @@ def evaluate(
             warnings.warn(f"{candidate.path} is left out: {error}", UserWarning, stacklevel=2)
             continue
         found[candidate.name] = scores.figures | {"bytes": candidate.bytes}
-        tables[candidate.name] = scores.tables
         if on_pictures is not None:
             on_pictures(candidate.name, scores.drawn)
-    if left_out and not tables:
+        compared[candidate.name] = replace(scores, drawn={})  # its pictures are not kept
+    if left_out and not compared:
         raise BaseError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()))
     report: dict[str, Any] = {
         "class_noun": class_noun,
@@ -355,7 +360,7 @@ def evaluate(
         "subject_ceiling": evaluator.ceiling(),
         "photographs_nearest": metrics.closest(evaluator.references),
         "figures": found,
-        "differences": _differences(tables),
+        "differences": _differences(compared),
     }
     accuracy = dict(encoder.accuracy or {})
     if not accuracy and prompt_judge is not None:  # it does not say which instance a picture shows
@@ -375,19 +380,23 @@ def _warn_of_twins(photographs: Sequence[Image.Image]) -> None:
         )
 
 
-def _differences(tables: Mapping[str, Mapping[str, Tensor]]) -> list[dict[str, Any]]:
+def _differences(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
     """Return each candidate against the first, paired by prompt and seed."""
-    names = list(tables)
-    return [
-        {
-            "of": name,
-            "minus": names[0],
-            "figure": key,
-            **asdict(metrics.difference(table, tables[names[0]][key], shares=_shares(key))),
-        }
-        for name in names[1:]
-        for key, table in tables[name].items()
-    ]
+    if not scores:
+        return []
+    first, *others = scores
+    against = scores[first]
+    found = []
+    for name in others:
+        each = scores[name]
+        figures = {
+            key: metrics.difference(table, against.tables[key], shares=_shares(key))
+            for key, table in each.tables.items()
+        } | {key: metrics.pair_difference(table, against.pairs[key]) for key, table in each.pairs.items()}
+        found += [
+            {"of": name, "minus": first, "figure": key, **asdict(figure)} for key, figure in figures.items()
+        ]
+    return found
 
 
 def _shares(figure: str) -> bool | None:

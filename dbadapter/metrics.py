@@ -153,14 +153,9 @@ def pair_estimate(table: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure
     Args:
         table: of every pair, symmetric, shape (n, n), n at least 2; the diagonal does not count.
     """
-    generator = torch.Generator().manual_seed(seed)
-    table = table.double().clone()
-    value = float(_off_diagonal(table).mean())
-    table.fill_diagonal_(0)
-    w = _counts(len(table), draws, generator)
-    pairs = w.sum(1) ** 2 - (w**2).sum(1)
-    means = torch.einsum("di,ij,dj->d", w, table, w)[pairs > 0] / pairs[pairs > 0]
-    return _figure(value, means, _freedom(table[:, :1]), len(table) * (len(table) - 1) // 2)
+    table = table.double()
+    means = _drawn_pairs(table, draws, seed)
+    return _figure(float(_off_diagonal(table).mean()), means, _freedom(table[:, :1]), _pairs(table))
 
 
 def difference(
@@ -181,10 +176,7 @@ def difference(
     Raises:
         ValueError: the tables differ in shape.
     """
-    if one.shape != other.shape:
-        raise ValueError(
-            f"paired tables must have one shape, got {tuple(one.shape)} and {tuple(other.shape)}"
-        )
+    _check_paired(one, other)
     one, other = one.double(), other.double()
     change = one - other
     means, freedom = _drawn(change, draws, seed), _freedom(change)
@@ -194,8 +186,7 @@ def difference(
     if freedom is None:
         return _figure(value, means, freedom, change.numel())
     if not shares:
-        half = _student(freedom) * float(means.std()) * _unbiased(freedom)
-        return Figure(value, value - half, value + half, change.numel())
+        return _students(value, means, freedom, change.numel())
     worth = _worth(change, means, draws, seed)
     won = _share(float((change > 0).double().mean()), worth, freedom, change.numel())
     lost = _share(float((change < 0).double().mean()), worth, freedom, change.numel())
@@ -211,6 +202,26 @@ def difference(
     return Figure(value, max(low, -1.0), min(high, 1.0), change.numel())
 
 
+def pair_difference(one: Tensor, other: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
+    """Return the mean over pairs of one - other, paired by picture: what `difference` is for `pair_estimate`.
+
+    Student's interval with the standard error of a bootstrap over the pictures, which both share by seed.
+
+    Args:
+        one: of every pair, symmetric, shape (n, n), n at least 2; the diagonal does not count.
+        other: of pictures drawn with the same seeds, in the same order.
+    Raises:
+        ValueError: the tables differ in shape.
+    """
+    _check_paired(one, other)
+    change = one.double() - other.double()
+    means, freedom = _drawn_pairs(change, draws, seed), _freedom(change[:, :1])
+    value = float(_off_diagonal(change).mean())
+    if freedom is None:
+        return _figure(value, means, freedom, _pairs(change))
+    return _students(value, means, freedom, _pairs(change))
+
+
 def is_known(low: float, high: float) -> bool:
     """Return whether an interval says anything: of fewer than three prompts and seeds it does not."""
     return high - low < 2 * NOTHING_KNOWN - 1e-6
@@ -224,6 +235,26 @@ def _drawn(values: Tensor, draws: int, seed: int) -> Tensor:
     w = _counts(rows, draws, generator)
     u = _counts(columns, draws, generator)
     return torch.einsum("dr,rc,dc->d", w, values, u) / values.numel()
+
+
+def _drawn_pairs(table: Tensor, draws: int, seed: int) -> Tensor:
+    """Return the means over pairs of pictures that were drawn with replacement, shape (draws,)."""
+    generator = torch.Generator().manual_seed(seed)
+    table = table.clone().fill_diagonal_(0)
+    w = _counts(len(table), draws, generator)
+    pairs = w.sum(1) ** 2 - (w**2).sum(1)
+    return torch.einsum("di,ij,dj->d", w, table, w)[pairs > 0] / pairs[pairs > 0]
+
+
+def _pairs(table: Tensor) -> int:
+    return len(table) * (len(table) - 1) // 2
+
+
+def _check_paired(one: Tensor, other: Tensor) -> None:
+    if one.shape != other.shape:
+        raise ValueError(
+            f"paired tables must have one shape, got {tuple(one.shape)} and {tuple(other.shape)}"
+        )
 
 
 def _are_shares(values: Tensor) -> bool:
@@ -288,6 +319,12 @@ def _figure(value: float, means: Tensor, freedom: float | None, count: int) -> F
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     wider = _student(freedom) / _NORMAL * _unbiased(freedom)
     return Figure(value, value - wider * (value - low), value + wider * (high - value), count)
+
+
+def _students(value: float, means: Tensor, freedom: float, count: int) -> Figure:
+    """Return a difference with Student's interval by the bootstrap's standard error."""
+    half = _student(freedom) * float(means.std()) * _unbiased(freedom)
+    return Figure(value, value - half, value + half, count)
 
 
 def _worth(values: Tensor, means: Tensor, draws: int, seed: int) -> float:

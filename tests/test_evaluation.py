@@ -91,6 +91,7 @@ def test_every_candidate_meets_the_same_prompts_and_seeds(base: Base, photograph
         "subject_fidelity",
         "drift",
         "prior_preservation",
+        "diversity",
     }
     assert all(entry["of"] == "hat" and entry["minus"] == "dog" for entry in report["differences"])
     assert seen[-1] == ("drawing, hat", 9, 9)

@@ -200,6 +200,42 @@ def test_the_interval_over_pairs_covers() -> None:
     assert 0.90 <= inside / 150 <= 0.99
 
 
+def test_differences_of_pairs_are_paired() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (metrics.distances(torch.randn(9, 4, generator=generator)) for _ in range(2))
+    found, back = metrics.pair_difference(one, other), metrics.pair_difference(other, one)
+    means = metrics.pair_estimate(one).value, metrics.pair_estimate(other).value
+    assert found.value == pytest.approx(means[0] - means[1])
+    assert (back.value, back.low, back.high) == pytest.approx((-found.value, -found.high, -found.low))
+    assert found.count == 36
+    more = metrics.pair_difference(one + 0.05, one)
+    assert (more.low, more.value, more.high) == pytest.approx((0.05, 0.05, 0.05))
+    with pytest.raises(ValueError, match=r"got \(9, 9\) and \(8, 8\)"):
+        metrics.pair_difference(one, other[:8, :8])
+    two = metrics.pair_difference(one[:2, :2], other[:2, :2])
+    assert not metrics.is_known(two.low, two.high)
+
+
+def test_the_interval_of_a_difference_of_pairs_covers() -> None:
+    """Of pictures of the same seeds, which go astray together; the other model's vary less."""
+    generator = torch.Generator().manual_seed(3)
+
+    def tables(pictures: int) -> list[torch.Tensor]:
+        shared = torch.randn(pictures, 4, generator=generator)
+        own = (0.6 * torch.randn(pictures, 4, generator=generator) for _ in range(2))
+        return [
+            metrics.distances(width * shared + each + 1) for width, each in zip((1, 0.7), own, strict=True)
+        ]
+
+    one, other = tables(1500)
+    truth = metrics.pair_estimate(one).value - metrics.pair_estimate(other).value
+    inside = 0
+    for trial in range(150):
+        found = metrics.pair_difference(*tables(18), draws=400, seed=trial)
+        inside += found.low <= truth <= found.high
+    assert 0.90 <= inside / 150 <= 0.99
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(0, 99))
 def test_an_interval_repeats(prompts: int, seeds: int, seed: int) -> None:
