@@ -87,7 +87,7 @@ def test_captions_say_what_their_labels_say() -> None:
 
 
 def test_held_out_subjects_are_absent_from_pretraining() -> None:
-    from dbadapter.toybox.pretrain import scene
+    from dbadapter.toybox.pretrain_scenes import scene
 
     held = np.stack([subject.instance.vector for subject in subjects.SUBJECTS])
     drawn = np.stack([scene(i).instance.vector for i in range(0, 40_000, 40)])
@@ -141,7 +141,7 @@ def test_vocabulary_is_clips() -> None:
 
 
 def test_pretraining_batches_depend_on_seed_and_step_alone() -> None:
-    from dbadapter.toybox.pretrain import batches
+    from dbadapter.toybox.pretrain_scenes import batches
 
     def take(first: int, count: int) -> list[tuple[int, list[int]]]:
         stream = batches(10, 3, seed=1, first_step=first)
