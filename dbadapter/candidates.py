@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,25 @@ from dbadapter.base import Base, load_base
 from dbadapter.config import read_toml
 from dbadapter.errors import AdapterError, BaseError, ConfigError, UsageError
 
-__all__ = ["Candidate", "check_candidates", "load_candidate", "pipeline_of", "told_apart", "trigger_of"]
+__all__ = [
+    "Candidate",
+    "check_candidates",
+    "load_candidate",
+    "pipeline_of",
+    "told_apart",
+    "trigger_of",
+]
+
+#: Of a scheduler's configuration, what the weights were trained for.
+_OF_TRAINING = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +65,16 @@ def load_candidate(path: str | Path, class_noun: str, identifier: str | None = N
     """
     path = Path(path)
     if path.is_dir():
-        identifier = identifier or _word_of_the_run(path)
+        told, noun = _words_of_the_run(path)
+        if told and identifier and identifier != told:
+            _warn_of_words(path, told, identifier)
+        if noun and noun.lower() != class_noun.strip().lower():
+            warnings.warn(
+                f"{path} was trained with --class-noun {noun}, and is asked for {class_noun!r}",
+                UserWarning,
+                stacklevel=2,
+            )
+        identifier = identifier or told
         if identifier is None:
             raise UsageError(f"{path} does not say its word for the subject: pass --identifier, e.g. sks")
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -56,12 +83,7 @@ def load_candidate(path: str | Path, class_noun: str, identifier: str | None = N
     trigger = trigger_of(adapter)
     subject = f"{identifier} {class_noun}" if identifier else trigger
     if identifier and trigger and identifier not in trigger.split():
-        warnings.warn(
-            f"{path} says {trigger!r} and is asked for {subject!r}: leave --identifier out if that is not "
-            "meant",
-            UserWarning,
-            stacklevel=2,
-        )
+        _warn_of_words(path, trigger, subject)
     if subject and not re.search(rf"\b{re.escape(class_noun.strip())}\b", subject, re.IGNORECASE):
         warnings.warn(
             f"{path} says {subject!r}, which has no {class_noun} in it: was it trained with another "
@@ -76,25 +98,36 @@ def load_candidate(path: str | Path, class_noun: str, identifier: str | None = N
     return Candidate(path.stem, path, subject, adapter, path.stat().st_size)
 
 
-def _word_of_the_run(folder: Path) -> str | None:
-    """Return the identifier of the run that left a tuned model, from the configuration beside it."""
+def _warn_of_words(path: Path, told: str | None, asked: str | None) -> None:
+    warnings.warn(
+        f"{path} says {told!r} and is asked for {asked!r}: leave --identifier out if that is not meant",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _words_of_the_run(folder: Path) -> tuple[str | None, str | None]:
+    """Return the identifier and the class noun that a tuned model was trained with, by its config.toml."""
     try:
         values = read_toml(folder.resolve().parent / "config.toml")
     except ConfigError:
-        return None
-    word = values.get("identifier")
-    return word if isinstance(word, str) and word.strip() else None
+        return None, None
+    words = (values.get("identifier"), values.get("class_noun"))
+    identifier, noun = (word.strip() if isinstance(word, str) else "" for word in words)
+    return identifier or None, noun or None
 
 
 def told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Return candidates with their folder before names that are not theirs alone: run-a/model."""
-    names = [candidate.name for candidate in candidates]
-    return [
-        replace(each, name=f"{each.path.resolve().parent.name}/{each.name}")
-        if names.count(each.name) > 1
-        else each
-        for each in candidates
-    ]
+    """Return candidates with as many folders before names that are not theirs alone as tell them apart."""
+    names = [each.name for each in candidates]
+    parents = [each.path.resolve().parent.parts for each in candidates]
+    for depth in range(1, max((len(parts) for parts in parents), default=0) + 1):
+        twice = {name for name in names if names.count(name) > 1}
+        names = [
+            "/".join((*parts[-depth:], each.name)) if name in twice else name
+            for name, parts, each in zip(names, parents, candidates, strict=True)
+        ]
+    return [replace(each, name=name) for each, name in zip(candidates, names, strict=True)]
 
 
 def trigger_of(adapter: Adapter) -> str:
@@ -130,9 +163,7 @@ def pipeline_of(base: Base, candidate: Candidate) -> Iterator[Any]:
     """Give the candidate's pipeline; the base is as it was afterwards."""
     if candidate.adapter is None:
         pipeline = load_base(str(candidate.path)).pipeline
-        # The base's sampler: a folder's own could be another, and the two would not compare.
-        predicts, sampler = pipeline.scheduler.config.prediction_type, base.pipeline.scheduler
-        pipeline.scheduler = type(sampler).from_config(sampler.config, prediction_type=predicts)
+        pipeline.scheduler = _sampler_for(pipeline.scheduler.config, base.pipeline.scheduler)
         yield pipeline
         return
     lora.apply(base.pipeline, {candidate.adapter: 1.0})
@@ -140,3 +171,13 @@ def pipeline_of(base: Base, candidate: Candidate) -> Iterator[Any]:
         yield base.pipeline
     finally:
         lora.apply(base.pipeline, {})
+
+
+def _sampler_for(trained: Mapping[str, Any], sampler: Any) -> Any:
+    """Return the base's sampler on the noise schedule that a model was trained with.
+
+    A folder's own sampler could be another one, and the two would not compare.
+    """
+    kept = [*_OF_TRAINING, *(("timestep_spacing",) if trained.get("rescale_betas_zero_snr") else ())]
+    schedule = {name: trained[name] for name in kept if name in trained and name in sampler.config}
+    return type(sampler).from_config(sampler.config, **schedule)

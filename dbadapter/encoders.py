@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,8 @@ def load_encoder(spec: str = DEFAULT_ENCODER, device: str = "cpu") -> Encoder:
 
         judges = load_judges()
         return Encoder(spec, lambda pictures: judges.embed(tensor_of(pictures)), accuracy=judges.accuracy)
+    if "/" not in spec and (near := get_close_matches(spec, (DEFAULT_ENCODER, TOYBOX_JUDGES), cutoff=0.8)):
+        raise UsageError(f"there is no encoder {spec}: did you mean {near[0]}?")
     model, processor = _of_transformers(spec, device)
     if hasattr(model, "get_image_features"):
         return Encoder(_name(spec, model), lambda pictures: _clip_pictures(model, processor, pictures))

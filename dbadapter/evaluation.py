@@ -70,7 +70,7 @@ def load_photographs(folder: str | Path, side: int) -> list[Image.Image]:
     found = find_photographs(folder)
     if len(found) < 2:
         raise DataError(
-            f"{folder} holds {len(found)} photograph; two are needed to say what a likeness is worth"
+            f"{folder} holds one photograph, and what a likeness is worth is seen between two: add another"
         )
     shown = []
     for photograph in found:
@@ -179,9 +179,8 @@ class Evaluator:
         pairs = {"diversity": metrics.distances(of_class)}
         figures |= {name: asdict(metrics.pair_estimate(table)) for name, table in pairs.items()}
         for name, figure in figures.items():
-            if isinstance(figure, dict) and metrics.is_known(figure["low"], figure["high"]):
-                least, most = (0.0, 2.0) if name in ("drift", "diversity") else (-1.0, 1.0)
-                figure |= {"low": max(figure["low"], least), "high": min(figure["high"], most)}
+            if isinstance(figure, dict):
+                _clamp(figure, *((0.0, 2.0) if name in ("drift", "diversity") else (-1.0, 1.0)))
         which, cosines = metrics.nearest(subject, self.references)
         figures["nearest_photograph"] = float(cosines.max())
         figures["nearest"] = [
@@ -394,9 +393,17 @@ def _differences(scores: Mapping[str, Scores]) -> list[dict[str, Any]]:
             for key, table in each.tables.items()
         } | {key: metrics.pair_difference(table, against.pairs[key]) for key, table in each.pairs.items()}
         found += [
-            {"of": name, "minus": first, "figure": key, **asdict(figure)} for key, figure in figures.items()
+            {"of": name, "minus": first, "figure": key, **_clamp(asdict(figure), -2.0, 2.0)}
+            for key, figure in figures.items()
         ]
     return found
+
+
+def _clamp(figure: dict[str, Any], least: float, most: float) -> dict[str, Any]:
+    """Cut a known interval, in place, to what the figure can be; two seeds may give a much wider one."""
+    if metrics.is_known(figure["low"], figure["high"]):
+        figure |= {"low": max(figure["low"], least), "high": min(figure["high"], most)}
+    return figure
 
 
 def _shares(figure: str) -> bool | None:

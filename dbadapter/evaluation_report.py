@@ -74,6 +74,7 @@ def report_page(report: Mapping[str, Any], pictures: ReportPictures) -> str:
                 "Means, in brackets their intervals of 95 % (bootstrap; of shares Wilson's).",
             ),
             summary_table(report),
+            _left_out(report),
         ),
         "figures": join(
             element("p", "Dots are means, bars their intervals. The line and its band are the base's."),
@@ -222,7 +223,8 @@ def _settings(report: Mapping[str, Any]) -> Html:
         settings["guidance_scale"] = "the base's usual one"
     rows: dict[str, Any] = {label: report[key] for key, label in _LABELS.items() if key in report}
     if words := report.get("words_for_the_subject"):
-        rows["words for the subject"] = _listed(user_text(f"{name}: {said}") for name, said in words.items())
+        scored = {name: said for name, said in words.items() if name in report["figures"]}
+        rows["words for the subject"] = _listed(user_text(f"{name}: {said}") for name, said in scored.items())
     if accuracy := report.get("encoder_accuracy"):
         rows["the judges' own accuracy on renders that they never saw"] = _listed(
             join(name, " ", number(value)) for name, value in accuracy.items()
@@ -255,6 +257,15 @@ def _settings(report: Mapping[str, Any]) -> Html:
             cls="note",
         ),
     )
+
+
+def _left_out(report: Mapping[str, Any]) -> Html | None:
+    """Return who is missing and why; differences are then from the first that was scored."""
+    left = report.get("left_out", {})
+    if not left:
+        return None
+    items = (element("li", user_text(f"{name}: {reason}")) for name, reason in left.items())
+    return join(element("p", "Left out, because it could not be scored:"), element("ul", *items))
 
 
 def _listed(parts: Iterable[Any]) -> Html:

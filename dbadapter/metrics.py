@@ -112,7 +112,7 @@ def distances(pictures: Tensor) -> Tensor:
 
 
 def nearest(pictures: Tensor, photographs: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each picture's nearest photograph and their cosine: a copy shows as a value near 1.
+    """Return each picture's nearest photograph and their cosine; a copy is nearer than photographs are.
 
     Returns:
         Indices, shape (n,), and cosines, shape (n,).
@@ -126,48 +126,48 @@ def estimate(values: Tensor, *, shares: bool | None = None, draws: int = DRAWS, 
 
     Prompts and seeds are drawn with replacement, each for itself, because pictures that share a prompt, or a
     seed, are alike (Owen 2007, "The pigeonhole bootstrap"). Over one row or column only the other is drawn.
-    A bootstrap of few units is too narrow, so its interval is widened as Student's is beside the normal one,
-    with the degrees of freedom of whichever of prompts and seeds matters (Satterthwaite 1946). For a share
-    (all values 0 or 1) it is Wilson's, with the number of pictures that the bootstrap's variance is worth: a
-    share of 1 of few pictures is no certainty. With fewer than three prompts and seeds nothing is known
-    (value -/+ 2).
+    That counts thrice what is a single picture's alone, and of few units it is too narrow: its ends are moved
+    to what the variance by mean squares and Student's t give (`_spread`). For a share (all values 0 or 1) the
+    interval is Wilson's, with the number of pictures that this variance is worth: a share of 1 of few
+    pictures is no certainty. With fewer than three prompts and seeds nothing is known (value -/+ 2).
 
     Args:
         values: shape (prompts, seeds).
         shares: every value is right (1) or wrong (0); None: so they are if all are 0 or 1.
     """
     values = values.double()
-    means, freedom = _drawn(values, draws, seed), _freedom(values)
-    if shares is None:
-        shares = _are_shares(values)
-    if shares and freedom is not None:
-        return _share(float(values.mean()), _worth(values, means, draws, seed), freedom, values.numel())
-    return _figure(float(values.mean()), means, freedom, values.numel())
+    value, count, spread = float(values.mean()), values.numel(), _spread(values)
+    if spread is None:
+        return _unknown(value, count)
+    if _are_shares(values) if shares is None else shares:
+        return _share(value, _worth(values), spread.freedom, count)
+    return _scaled(value, _drawn(values, draws, seed), spread, count)
 
 
 def pair_estimate(table: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
     """Return the mean over pairs of different pictures, with a bootstrap interval over the pictures.
 
-    A picture that is drawn twice makes no pair with itself. Widened for few pictures as in `estimate`.
+    A picture that is drawn twice makes no pair with itself. The ends are moved as in `estimate`, by the
+    jackknife's variance; of two pictures nothing is known.
 
     Args:
         table: of every pair, symmetric, shape (n, n), n at least 2; the diagonal does not count.
     """
     table = table.double()
-    means = _drawn_pairs(table, draws, seed)
-    return _figure(float(_off_diagonal(table).mean()), means, _freedom(table[:, :1]), _pairs(table))
+    value, count, spread = float(_off_diagonal(table).mean()), _pairs(table), _pair_spread(table)
+    if spread is None:
+        return _unknown(value, count)
+    return _scaled(value, _drawn_pairs(table, draws, seed), spread, count)
 
 
-def difference(
-    one: Tensor, other: Tensor, *, shares: bool | None = None, draws: int = DRAWS, seed: int = 0
-) -> Figure:
+def difference(one: Tensor, other: Tensor, *, shares: bool | None = None) -> Figure:
     """Return the mean of one - other, paired by prompt and seed, with its interval: does zero lie in it?
 
-    Student's interval with the bootstrap's standard error: a percentile one leans where most pairs are equal.
-    Of two shares it is made of Wilson's for what only one and what only the other has right (Newcombe 1998,
-    "Improved confidence intervals for the difference between binomial proportions based on paired data", and
-    Zou and Donner 2008 for the square-and-add), both by the number of pictures that the bootstrap's variance
-    is worth. Where no pair differs in any other figure the interval has no width: nothing varied.
+    Student's interval by the variance of `_spread`. Of two shares it is made of Wilson's for what only one
+    and what only the other has right (Newcombe 1998, "Improved confidence intervals for the difference
+    between binomial proportions based on paired data", and Zou and Donner 2008 for the square-and-add), both
+    by the number of pictures that this variance is worth. Where no pair differs in any other figure the
+    interval has no width: nothing varied.
 
     Args:
         one: shape (prompts, seeds).
@@ -179,17 +179,14 @@ def difference(
     _check_paired(one, other)
     one, other = one.double(), other.double()
     change = one - other
-    means, freedom = _drawn(change, draws, seed), _freedom(change)
-    if shares is None:
-        shares = _are_shares(one) and _are_shares(other)
-    value = float(change.mean())
-    if freedom is None:
-        return _figure(value, means, freedom, change.numel())
-    if not shares:
-        return _students(value, means, freedom, change.numel())
-    worth = _worth(change, means, draws, seed)
-    won = _share(float((change > 0).double().mean()), worth, freedom, change.numel())
-    lost = _share(float((change < 0).double().mean()), worth, freedom, change.numel())
+    value, count, spread = float(change.mean()), change.numel(), _spread(change)
+    if spread is None:
+        return _unknown(value, count)
+    if not (_are_shares(one) and _are_shares(other) if shares is None else shares):
+        return _students(value, spread, count)
+    worth = _worth(change)
+    won = _share(float((change > 0).double().mean()), worth, spread.freedom, count)
+    lost = _share(float((change < 0).double().mean()), worth, spread.freedom, count)
     # A picture that one of them won is none that it lost: the two shares go against each other.
     room = (1 - won.value) * (1 - lost.value)
     together = -((won.value * lost.value / room) ** 0.5) if room > 0 else 0.0
@@ -199,13 +196,13 @@ def difference(
 
     low = value - reach(won.value - won.low, lost.high - lost.value)
     high = value + reach(won.high - won.value, lost.value - lost.low)
-    return Figure(value, max(low, -1.0), min(high, 1.0), change.numel())
+    return Figure(value, max(low, -1.0), min(high, 1.0), count)
 
 
-def pair_difference(one: Tensor, other: Tensor, *, draws: int = DRAWS, seed: int = 0) -> Figure:
+def pair_difference(one: Tensor, other: Tensor) -> Figure:
     """Return the mean over pairs of one - other, paired by picture: what `difference` is for `pair_estimate`.
 
-    Student's interval with the standard error of a bootstrap over the pictures, which both share by seed.
+    Student's interval by the jackknife's variance over the pictures, which both share by seed.
 
     Args:
         one: of every pair, symmetric, shape (n, n), n at least 2; the diagonal does not count.
@@ -215,16 +212,13 @@ def pair_difference(one: Tensor, other: Tensor, *, draws: int = DRAWS, seed: int
     """
     _check_paired(one, other)
     change = one.double() - other.double()
-    means, freedom = _drawn_pairs(change, draws, seed), _freedom(change[:, :1])
-    value = float(_off_diagonal(change).mean())
-    if freedom is None:
-        return _figure(value, means, freedom, _pairs(change))
-    return _students(value, means, freedom, _pairs(change))
+    value, count, spread = float(_off_diagonal(change).mean()), _pairs(change), _pair_spread(change)
+    return _unknown(value, count) if spread is None else _students(value, spread, count)
 
 
 def is_known(low: float, high: float) -> bool:
-    """Return whether an interval says anything: of fewer than three prompts and seeds it does not."""
-    return high - low < 2 * NOTHING_KNOWN - 1e-6
+    """Return whether an interval says anything: of fewer than three prompts and seeds it is value -/+ 2."""
+    return abs(high - low - 2 * NOTHING_KNOWN) > 1e-6
 
 
 def _drawn(values: Tensor, draws: int, seed: int) -> Tensor:
@@ -279,22 +273,48 @@ def _counts(n: int, draws: int, generator: torch.Generator) -> Tensor:
     )
 
 
-def _freedom(values: Tensor) -> float | None:
-    """Return the degrees of freedom of a table's mean, None of fewer than three rows and columns.
+@dataclass(frozen=True)
+class _Spread:
+    """The variance of a mean, and its degrees of freedom."""
 
-    Satterthwaite's, of the variances that rows and that columns give the mean: where three prompts differ
-    much, forty seeds of each make them no more than three.
+    variance: float
+    freedom: float
+
+
+def _spread(values: Tensor) -> _Spread | None:
+    """Return the variance of a table's mean over prompts and seeds, None of fewer than three of either.
+
+    By the mean squares of rows, of columns and of what both leave (two-way random effects, a picture a cell):
+    the larger of the first two, and what the smaller has above the third; the degrees of freedom are
+    Satterthwaite's (1946). Where three prompts differ much, forty seeds of each make them no more than three.
     """
     rows, columns = values.shape
     if max(rows, columns) < 3:
         return None
     if min(rows, columns) == 1:
-        return float(max(rows, columns) - 1)
-    by_row = float(values.mean(1).var()) / rows
-    by_column = float(values.mean(0).var()) / columns
-    if by_row + by_column == 0:
-        return float(max(rows, columns) - 1)
-    return (by_row + by_column) ** 2 / (by_row**2 / (rows - 1) + by_column**2 / (columns - 1))
+        return _Spread(float(values.var()) / values.numel(), values.numel() - 1.0)
+    by_row, by_column = values.mean(1, keepdim=True), values.mean(0, keepdim=True)
+    left = (values - by_row - by_column + values.mean()).square().sum()
+    left_freedom = (rows - 1.0) * (columns - 1)
+    rest = float(left) / left_freedom
+    # Mean square, degrees of freedom.
+    effects = [(float(by_row.var()) * columns, rows - 1.0), (float(by_column.var()) * rows, columns - 1.0)]
+    (least, least_freedom), (most, most_freedom) = sorted(effects)
+    if most <= rest:
+        return _Spread(rest / values.numel(), left_freedom)
+    above = max(least - rest, 0.0)
+    freedom = (most + above) ** 2 / (most**2 / most_freedom + above**2 / least_freedom)
+    return _Spread((most + above) / values.numel(), freedom)
+
+
+def _pair_spread(table: Tensor) -> _Spread | None:
+    """Return the jackknife's variance of the mean over pairs, None of fewer than three pictures."""
+    n = len(table)
+    if n < 3:
+        return None
+    table = table.clone().fill_diagonal_(0)
+    without = (table.sum() - 2 * table.sum(1)) / ((n - 1) * (n - 2))
+    return _Spread(float((without - without.mean()).square().sum()) * (n - 1) / n, n - 1.0)
 
 
 def _student(freedom: float) -> float:
@@ -307,38 +327,36 @@ def _student(freedom: float) -> float:
     return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
-def _unbiased(freedom: float) -> float:
-    """Return what a bootstrap's standard error of few units lacks, as a factor."""
-    return float(((freedom + 1) / freedom) ** 0.5)
+def _unknown(value: float, count: int) -> Figure:
+    return Figure(value, value - NOTHING_KNOWN, value + NOTHING_KNOWN, count)
 
 
-def _figure(value: float, means: Tensor, freedom: float | None, count: int) -> Figure:
-    if freedom is None:
-        return Figure(value, value - NOTHING_KNOWN, value + NOTHING_KNOWN, count)
+def _scaled(value: float, means: Tensor, spread: _Spread, count: int) -> Figure:
+    """Return the interval of a bootstrap's means, as wide as Student's by the spread."""
     tail = (1 - CONFIDENCE) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
-    wider = _student(freedom) / _NORMAL * _unbiased(freedom)
-    return Figure(value, value - wider * (value - low), value + wider * (high - value), count)
+    drawn = float(means.var())
+    scale = (spread.variance / drawn) ** 0.5 * _student(spread.freedom) / _NORMAL if drawn > 0 else 1.0
+    return Figure(value, value - scale * (value - low), value + scale * (high - value), count)
 
 
-def _students(value: float, means: Tensor, freedom: float, count: int) -> Figure:
-    """Return a difference with Student's interval by the bootstrap's standard error."""
-    half = _student(freedom) * float(means.std()) * _unbiased(freedom)
+def _students(value: float, spread: _Spread, count: int) -> Figure:
+    half = _student(spread.freedom) * spread.variance**0.5
     return Figure(value, value - half, value + half, count)
 
 
-def _worth(values: Tensor, means: Tensor, draws: int, seed: int) -> float:
-    """Return how many independent pictures the bootstrap's variance is worth.
+def _worth(values: Tensor) -> float:
+    """Return how many independent pictures the mean of a table is worth.
 
     Where all are alike it is what one picture more or less would leave: all right is worth no less than all
     but one.
     """
-    variance, drawn = float(values.var(correction=0)), float(means.var())
-    if variance == 0:
+    if float(values.var(correction=0)) == 0:
         values = values.clone()
         values[0, 0] += 1
-        variance, drawn = float(values.var(correction=0)), float(_drawn(values, draws, seed).var())
-    return min(max(variance / drawn, 1.0), float(values.numel()))
+    spread = _spread(values)
+    worth = float(values.var(correction=0)) / spread.variance if spread is not None else 1.0
+    return min(max(worth, 1.0), float(values.numel()))
 
 
 def _share(value: float, worth: float, freedom: float, count: int) -> Figure:

@@ -85,7 +85,8 @@ FIGURES: dict[str, Kind] = {
     ),
     "nearest_photograph": Kind(
         "Nearest photograph",
-        "The largest cosine of any picture and any photograph. Near 1 look below whether it was copied.",
+        "The largest cosine of any picture and any photograph. Above that of any two photographs, look below "
+        "whether one was copied.",
         None,
     ),
 }
@@ -297,6 +298,11 @@ def _figure_plot(report: Mapping[str, Any], key: str) -> Html:
         lines.append(
             element("span", element("span", cls="key-line"), "photographs among themselves ", number(ceiling))
         )
+    nearest = report.get("photographs_nearest", math.nan)
+    if key == "nearest_photograph" and math.isfinite(nearest):
+        rules.append(Rule(nearest, "ceiling"))
+        among = "the nearest photographs among themselves "
+        lines.append(element("span", element("span", cls="key-line"), among, number(nearest)))
     numbers = [part for value in values.values() if value for part in value]
     axis = axis_of([*numbers, *(rule.value for rule in rules)])
     rows = []

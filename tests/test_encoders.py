@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -21,7 +21,7 @@ from transformers import (
     ViTModel,
 )
 
-from dbadapter import encoders, metrics, toybox
+from dbadapter import encoders, evaluation, metrics, toybox
 from dbadapter.errors import UsageError
 from dbadapter.photographs import find_photographs, load_crop
 
@@ -50,6 +50,22 @@ def pictures(count: int) -> list[Image.Image]:
     drawn = np.random.default_rng(0)
     sizes = [(48, 40 + 8 * i, 3) for i in range(count)]
     return [Image.fromarray(drawn.integers(0, 256, size, dtype=np.uint8)) for size in sizes]
+
+
+@pytest.mark.skipif(not PHOTOGRAPHS.is_dir(), reason="no photographs here")
+@pytest.mark.parametrize("subject", ["cat2", "teapot"])
+def test_who_draws_its_photographs_again_is_caught(subject: str) -> None:
+    """Copies, though small, soft and cut, are nearer than further photographs of the subject."""
+    pytest.importorskip("efficientnet_lite_pytorch")
+    shown = evaluation.load_photographs(PHOTOGRAPHS / subject, 256)
+    encoder = encoders.load_encoder()
+    known, further = encoder.embed(shown[:3]), encoder.embed(shown[3:])
+    copies = [each.resize((200, 200)).filter(ImageFilter.GaussianBlur(1)) for each in shown[:3]]
+    again = encoder.embed([each.resize((256, 256)).crop((4, 4, 252, 252)) for each in copies])
+    which, cosines = metrics.nearest(again, known)
+    assert which.tolist() == [0, 1, 2]
+    assert cosines.min() > metrics.closest(known) + 0.1
+    assert cosines.min() > metrics.nearest(further, known)[1].max() + 0.05
 
 
 def test_clip_embeds_pictures_and_prompts_into_one_space(clip: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from dbadapter import evaluation
 from dbadapter.adapter import Adapter
 from dbadapter.adapter_file import AdapterDescription, write_adapter
 from dbadapter.base import Base, load_base
-from dbadapter.candidates import load_candidate, told_apart
+from dbadapter.candidates import load_candidate, pipeline_of, told_apart
 from dbadapter.cli import main
 from dbadapter.errors import BaseError, DataError, UsageError
 from dbadapter.evaluation import Settings, evaluate, load_photographs
@@ -160,7 +161,11 @@ def test_a_tuned_model_needs_its_word(base: Base, photographs: Path, tmp_path: P
         load_candidate(tmp_path / "tuned", "dog")
     (tmp_path / "config.toml").write_text('identifier = "wxv"\n')  # of the run that left it
     assert load_candidate(tmp_path / "tuned", "dog").subject == "wxv dog"
-    candidate = load_candidate(tmp_path / "tuned", "dog", "sks")
+    with pytest.warns(UserWarning, match="says 'wxv' and is asked for 'sks'"):
+        candidate = load_candidate(tmp_path / "tuned", "dog", "sks")
+    (tmp_path / "config.toml").write_text('identifier = "sks"\nclass_noun = "mug"\n')
+    with pytest.warns(UserWarning, match="trained with --class-noun mug, and is asked for 'dog'"):
+        candidate = load_candidate(tmp_path / "tuned", "dog")
     report = evaluate(
         base,
         [candidate],
@@ -185,6 +190,20 @@ def test_a_tuned_model_is_drawn_with_the_bases_guidance(photographs: Path, tmp_p
     tuned = load_base(str(candidate.path), device="cpu").pipeline
     tuned.family = "sd1"
     assert judge.score(tuned, candidate.subject).figures["drift"]["value"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_tuned_model_keeps_the_noise_schedule_that_it_was_trained_with(base: Base, tmp_path: Path) -> None:
+    write_model_folder(base.pipeline, tmp_path / "tuned")
+    path = tmp_path / "tuned/scheduler/scheduler_config.json"
+    config = json.loads(path.read_text())
+    trained = {"beta_end": 0.02, "prediction_type": "v_prediction", "set_alpha_to_one": True}
+    path.write_text(json.dumps({**config, **trained}))
+    with pipeline_of(base, load_candidate(tmp_path / "tuned", "dog", "sks")) as pipeline:
+        told = pipeline.scheduler.config
+    assert (told.beta_end, told.prediction_type) == (0.02, "v_prediction")
+    ours = base.pipeline.scheduler.config
+    assert told.set_alpha_to_one == ours.set_alpha_to_one
+    assert told.timestep_spacing == ours.timestep_spacing
 
 
 def test_the_paper_has_25_prompts_of_each_kind() -> None:
@@ -244,6 +263,24 @@ def test_the_command(tiny_base_folder: Path, photographs: Path, files: Path, tmp
     assert "--overwrite" in again.output
 
 
+def test_a_reader_who_goes_away_leaves_the_files(
+    photographs: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `dbadapter evaluate ... | head -2` does."""
+    command = sys.modules["dbadapter.cli.evaluate"]
+
+    def gone(_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "_show", gone)
+    monkeypatch.setattr(command, "_report", lambda *_, **__: {"figures": {}})
+    monkeypatch.setattr("dbadapter.evaluation_report.report_page", lambda *_: "a page")
+    words = ["--instance-data-dir", str(photographs), "--adapter", str(files / "dog.safetensors")]
+    run(*words, "--json", str(tmp_path / "out.json"), "--report", str(tmp_path / "out.html"))
+    assert json.loads((tmp_path / "out.json").read_text()) == {"figures": {}}
+    assert (tmp_path / "out.html").read_text() == "a page"
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -256,6 +293,9 @@ def test_the_command(tiny_base_folder: Path, photographs: Path, files: Path, tmp
         ),
         (("--adapter", "dog.safetensors", "--image-encoder", "."), "cannot be loaded"),
         (("--adapter", "peft"), "is a PEFT folder: make a file of it with dbadapter convert"),
+        (("--tuned", "peft"), "is a PEFT folder: make a file of it with dbadapter convert"),
+        (("--compare", "peft"), "is a PEFT folder: make a file of it with dbadapter convert"),
+        (("--adapter", "dog.safetensors", "--image-encoder", "toybox-judge"), "did you mean toybox-judges?"),
         (("--adapter", "."), "is a folder: pass a fully tuned model's with --tuned"),
         (("--tuned", "dog.safetensors"), "is a folder in diffusers' layout; pass an adapter's file"),
         (("--adapter", "base.safetensors"), "a candidate is called 'base'"),
@@ -283,6 +323,12 @@ def test_two_of_one_name_are_told_apart_by_their_folder(files: Path, tmp_path: P
     paths = [tmp_path / "a/dog.safetensors", tmp_path / "b/dog.safetensors", files / "hat.safetensors"]
     names = [each.name for each in told_apart([load_candidate(path, "dog") for path in paths])]
     assert names == ["a/dog", "b/dog", "hat"]
+    for name in ("x", "y"):
+        (tmp_path / name / "run").mkdir(parents=True)
+        (tmp_path / name / "run/dog.safetensors").write_bytes((files / "dog.safetensors").read_bytes())
+    paths = [tmp_path / "x/run/dog.safetensors", tmp_path / "y/run/dog.safetensors", paths[0]]
+    names = [each.name for each in told_apart([load_candidate(path, "dog") for path in paths])]
+    assert names == ["x/run/dog", "y/run/dog", "a/dog"]
 
 
 def test_a_broken_candidate_takes_the_others_not_with_it(
@@ -324,7 +370,7 @@ def test_unrelated_prompts_do_not_name_the_class() -> None:
 
 def test_one_photograph_is_not_enough(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
-    with pytest.raises(DataError, match="holds 1 photograph"):
+    with pytest.raises(DataError, match=r"holds one photograph.*add another"):
         load_photographs(tmp_path, 32)
 
 

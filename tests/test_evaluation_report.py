@@ -147,6 +147,19 @@ class Reader(HTMLParser):
         ]
 
 
+def test_who_is_left_out_and_how_near_photographs_are_is_shown() -> None:
+    report = make_report(("dog", "hat"))
+    report |= {
+        "left_out": {"<cat>": "the model gave values that are not finite"},
+        "photographs_nearest": 0.91234,
+        "words_for_the_subject": {"dog": "sks dog", "hat": "sks dog", "<cat>": "wxv dog"},
+    }
+    page = Reader(report_page(report, make_pictures(report)))
+    assert "<cat>: the model gave values that are not finite" in [text for _, text in page.all("li")]
+    assert repr(0.91234) in [attributes["value"] for attributes, _ in page.all("data")]
+    assert not any("wxv" in text for _, text in page.all("td"))
+
+
 @pytest.mark.parametrize("names", [("dog",), ("dog", "hat", "cat"), tuple(f"n{i}" for i in range(12))])
 def test_the_numbers_are_the_reports(names: tuple[str, ...]) -> None:
     report = make_report(names)

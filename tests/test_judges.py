@@ -62,6 +62,7 @@ def test_agreement_counts_what_the_prompt_names(renders: list[Image.Image]) -> N
 
 def test_what_a_prompt_names() -> None:
     assert named("a photo of a Mug, on the beach") == ("mug", "on the beach")
+    assert named("A mug on grass.") == ("mug", "on grass")
     assert named("a photo of a robot") == ("robot", None)
     assert named("a carpet") == (None, None)
     assert named("a photo of a robot in front of a house") == ("robot", None)  # the first is what it is of

@@ -98,9 +98,9 @@ def test_the_interval_of_a_share_covers(rows: int, columns: int, share: float) -
 def test_the_interval_between_shares_covers(first: float, second: float) -> None:
     generator = torch.Generator().manual_seed(5)
     inside = 0
-    for trial in range(200):
+    for _ in range(200):
         one, other = ((torch.rand(8, 3, generator=generator) < share).double() for share in (first, second))
-        found = metrics.difference(one, other, draws=300, seed=trial)
+        found = metrics.difference(one, other)
         assert -1 <= found.low <= found.value <= found.high <= 1
         inside += found.low <= first - second <= found.high
     assert inside / 200 >= 0.93
@@ -121,6 +121,36 @@ def test_the_interval_goes_by_what_matters(
         found = metrics.estimate(table, draws=300, seed=trial)
         inside += found.low <= 0 <= found.high
     assert 0.92 <= inside / 200 <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("prompts", "seeds", "of_prompts", "of_seeds", "widest"),
+    [(25, 4, 0, 0, 1.3), (8, 3, 0, 0, 1.7), (25, 4, 0.5, 0, 1.25), (8, 2, 1, 0, 1.6), (4, 4, 1, 1, 1.6)],
+)
+def test_what_pictures_have_alone_counts_once(
+    prompts: int, seeds: int, of_prompts: float, of_seeds: float, widest: float
+) -> None:
+    """The pigeonhole bootstrap alone counts it thrice: 25 x 4 such values got 1.8 times an exact interval."""
+    generator = torch.Generator().manual_seed(5)
+    found = []
+    for trial in range(300):
+        table = torch.randn(prompts, seeds, generator=generator)
+        table += of_prompts * torch.randn(prompts, 1, generator=generator)
+        table += of_seeds * torch.randn(1, seeds, generator=generator)
+        found.append(metrics.estimate(table, draws=200, seed=trial))
+        paired = metrics.difference(table, torch.zeros_like(table), shares=False)
+        assert paired.value == found[-1].value
+    assert 0.92 <= sum(each.low <= 0 <= each.high for each in found) / 300 <= 0.995
+    exact = 2 * 1.96 * float(torch.tensor([each.value for each in found]).std())
+    assert float(torch.tensor([each.high - each.low for each in found]).median()) < widest * exact
+
+
+def test_shares_of_pictures_alone_are_worth_most_of_them() -> None:
+    generator = torch.Generator().manual_seed(6)
+    tables = [(torch.rand(25, 4, generator=generator) < 0.9).double() for _ in range(300)]
+    found = [metrics.estimate(table) for table in tables]
+    assert sum(each.low <= 0.9 <= each.high for each in found) / 300 >= 0.93
+    assert float(torch.tensor([each.high - each.low for each in found]).median()) < 1.5 * 2 * 1.96 * 0.03
 
 
 def test_all_right_is_worth_no_less_than_all_but_one() -> None:
@@ -189,12 +219,13 @@ def test_students_t() -> None:
     assert metrics._student(30) == pytest.approx(2.042, abs=0.001)
 
 
-def test_the_interval_over_pairs_covers() -> None:
+@pytest.mark.parametrize("pictures", [3, 6, 24])
+def test_the_interval_over_pairs_covers(pictures: int) -> None:
     generator = torch.Generator().manual_seed(2)
     truth = metrics.pair_estimate(metrics.distances(torch.randn(1500, 4, generator=generator) + 1)).value
     inside = 0
     for trial in range(150):
-        table = metrics.distances(torch.randn(24, 4, generator=generator) + 1)
+        table = metrics.distances(torch.randn(pictures, 4, generator=generator) + 1)
         found = metrics.pair_estimate(table, draws=400, seed=trial)
         inside += found.low <= truth <= found.high
     assert 0.90 <= inside / 150 <= 0.99
@@ -230,8 +261,8 @@ def test_the_interval_of_a_difference_of_pairs_covers() -> None:
     one, other = tables(1500)
     truth = metrics.pair_estimate(one).value - metrics.pair_estimate(other).value
     inside = 0
-    for trial in range(150):
-        found = metrics.pair_difference(*tables(18), draws=400, seed=trial)
+    for _ in range(150):
+        found = metrics.pair_difference(*tables(18))
         inside += found.low <= truth <= found.high
     assert 0.90 <= inside / 150 <= 0.99
 

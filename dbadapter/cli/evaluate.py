@@ -114,10 +114,7 @@ def evaluate(
         raise UsageError(f"{more[0]}: paths follow --compare; for one adapter pass --adapter FILE")
     if not class_noun.strip():
         raise UsageError("--class-noun is empty: pass what the subject is, e.g. dog")
-    if adapter is not None and (adapter / "adapter_config.json").is_file():
-        raise UsageError(
-            f"--adapter {adapter} is a PEFT folder: make a file of it with dbadapter convert first"
-        )
+    _refuse_peft_folders(paths)
     if adapter is not None and adapter.is_dir():
         raise UsageError(f"--adapter {adapter} is a folder: pass a fully tuned model's with --tuned")
     if tuned is not None and tuned.is_file():
@@ -131,11 +128,12 @@ def evaluate(
     # What is drawn is kept only where it is shown.
     pictures = ReportPictures() if report_path is not None else None
     report = _report(base, paths, class_noun, identifier, pictures, **request)
-    _show(report)
+    # Before anything is shown: a pipe that is closed early must not take the files with it.
     if json_path is not None:
         _write(json_path, json.dumps(report, indent=2) + "\n", "--json")
     if report_path is not None and pictures is not None:
         _write(report_path, report_page(report, pictures), "--report")
+    _show(report)
 
 
 def _report(
@@ -208,6 +206,8 @@ def _show(report: dict[str, Any]) -> None:
     for start in range(0, len(names), _BESIDE):
         for line in _table({name: report["figures"][name] for name in names[start : start + _BESIDE]}):
             click.echo(line)
+    for name, reason in report.get("left_out", {}).items():
+        click.echo(f"left out: {name}: {reason}")
     for entry in report["differences"]:
         click.echo(
             f"{entry['of']} minus {entry['minus']}, {entry['figure']}: {_decimal(entry['value'], '+')} "
@@ -245,6 +245,13 @@ def _interval(figure: Any, sign: str = "") -> str:
 def _decimal(value: float, sign: str = "") -> str:
     shown = f"{value:{sign}.3f}"
     return shown if float(shown) else f"{0:{sign}.3f}"  # no -0.000
+
+
+def _refuse_peft_folders(paths: list[Path]) -> None:
+    """Refuse what looks like a tuned model and is an adapter in PEFT's own layout."""
+    for path in paths:
+        if any((path / part / "adapter_config.json").is_file() for part in ("", "unet", "text_encoder")):
+            raise UsageError(f"{path} is a PEFT folder: make a file of it with dbadapter convert first")
 
 
 def _check_outputs(json_path: Path | None, report_path: Path | None, overwrite: bool) -> None:

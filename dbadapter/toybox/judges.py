@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +91,7 @@ def named(prompt: str) -> tuple[str | None, str | None]:
 
     A prompt without any context's words leaves the place open: the plain studio goes unnamed.
     """
-    words = prompt.lower().replace(",", " ").split()
+    words = re.sub(r"[^\w\s-]", " ", prompt.lower()).split()
     noun = next((word for word in words if word in names.NOUNS), None)
     said = f" {' '.join(words)} "
     return noun, next((context for context in names.CONTEXTS if context and f" {context} " in said), None)
