@@ -151,7 +151,7 @@ def measure(
         run: runs one part.
         clock: in seconds.
     Returns:
-        `out`, with `left`: the names of parts that are to be done yet.
+        `out`, with `left`: the names of parts, of this or an earlier call, that are to be done yet.
     """
     began = clock()
     out.setdefault("parts", {})
@@ -167,7 +167,8 @@ def measure(
         click.echo(f"{name}: begins, {remaining:.0f} s are left", err=True)
         # What was not measured may be by now: an export that had not fitted before, a package.
         cells = earlier.get("cells", {}).items()
-        done = {cell: about for cell, about in cells if not {"failed", "not_measured"} & about.keys()}
+        again = {"failed", "not_measured", "disturbed"}
+        done = {cell: about for cell, about in cells if not again & about.keys()}
         at = clock()
         try:
             record = run(name, {**settings, "done": done}, remaining)
@@ -176,12 +177,18 @@ def measure(
         state = state_of(record)
         seconds = round(earlier.get("seconds", 0.0) + clock() - at, 1)
         out["parts"][name] = {"state": state, "seconds": seconds, **record}
-        out["left"] = [each for each in parts if out["parts"].get(each, {}).get("state") != "done"]
+        out["left"] = left(out["parts"], parts)
         shares(out["parts"])
         keep(out)
         click.echo(f"{name}: {state}{', ' + record['reason'] if record['reason'] else ''}", err=True)
-    out["left"] = [each for each in parts if out["parts"].get(each, {}).get("state") != "done"]
+    out["left"] = left(out["parts"], parts)
     return out
+
+
+def left(parts: Mapping[str, Any], asked: Sequence[str]) -> list[str]:
+    """Return the names of the parts that were asked for, now or in an earlier call, and are not done."""
+    names = [name for name in PARTS if name in asked or name in parts]
+    return [name for name in names if parts.get(name, {}).get("state") != "done"]
 
 
 def shares(parts: Mapping[str, Any]) -> None:

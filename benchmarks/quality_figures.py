@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SUBJECTS, recipe
+from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SETTINGS, SUBJECTS, recipe
 from dbadapter import metrics
 
 __all__ = ["best_rates", "forgotten", "fresh", "search", "summary"]
@@ -31,8 +31,14 @@ SHARES = frozenset(
     }
 )
 
+#: Shares of a run's pictures.
+OF_PICTURES = frozenset(
+    {"prompt_fidelity", "context_agreement", "noun_agreement", "class_fidelity", "unrelated_fidelity"}
+)
+PICTURES = SETTINGS.num_class_images  # as many as of the subject, and of other things
+
 Run = Mapping[str, Any]
-DEFAULT = "adapter"
+DEFAULT, FULL = "adapter", "full"
 FIGURES = (
     "subject_fidelity",
     "likeness",
@@ -106,7 +112,7 @@ def table(runs: Sequence[Run], method: str, figure: str) -> Tensor:
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the search, means with intervals over subjects and seeds, and differences from the default."""
+    """Return the search, means with intervals over subjects, and differences from both main methods."""
     methods: dict[str, Any] = {}
     runs = fresh(runs)
     best, searched = best_rates(runs), search(runs)
@@ -129,8 +135,9 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
             "seeds": first.shape[1],
             **figures,
         }
-        if name != DEFAULT and (pairs := _pairs(runs, name)):
-            methods[name]["minus_default"] = pairs
+        for other in (DEFAULT, FULL):
+            if name != other and (pairs := _pairs(runs, name, other)):
+                methods[name][f"minus_{other}"] = pairs
     # Of the base each subject counts once, however many runs it has.
     first_of = list({run["subject"]: run for run in runs}.values())
     before = {
@@ -138,7 +145,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         for name in (first_of[0]["before"] if first_of else ())
     }
     return {
-        "compared": len(runs),
+        "compared": sum(about["subjects"] * about["seeds"] for about in methods.values()),
         "before": before | {"ceiling": _mean([run["ceiling"] for run in first_of])},
         "search": searched,
         # Another rate beyond it may do better still.
@@ -150,18 +157,17 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _pairs(runs: Sequence[Run], name: str) -> dict[str, Any]:
-    """Return the differences from the default over the subjects and seeds that both have."""
-
-    both = _done(runs, name) & _done(runs, DEFAULT)
+def _pairs(runs: Sequence[Run], name: str, against: str) -> dict[str, Any]:
+    """Return the differences from another method, of subjects' means over the seeds that both have."""
+    both = _done(runs, name) & _done(runs, against)
     shared = [run for run in runs if (run["subject"], run["seed"]) in both]
     if not both:
         return {}
     found = {}
     for figure in FIGURES:
-        one, other = table(shared, name, figure), table(shared, DEFAULT, figure)
+        one, other = table(shared, name, figure), table(shared, against, figure)
         if one.shape == other.shape and one.numel():
-            found[figure] = _rounded(metrics.difference(one, other, shares=False))
+            found[figure] = _rounded(metrics.difference(_of_subjects(one), _of_subjects(other), shares=False))
     return found
 
 
@@ -179,13 +185,12 @@ def _targets(runs: Sequence[Run]) -> dict[str, Any]:
     lost = {part: (1 - of(ours, part), 1 - of(bare, part)) for part in ("class_kept", "class_spread")} | {
         "all": (of(ours, "forgotten"), of(bare, "forgotten"))
     }
-    difference = metrics.difference(
-        table(runs, full, "subject_fidelity"), table(runs, ours, "subject_fidelity"), shares=False
-    )
+    theirs, own = (_of_subjects(table(runs, method, "subject_fidelity")) for method in (full, ours))
+    difference = metrics.difference(theirs, own, shares=False)
     subjects = {subject for subject, _ in shared}
     return {
         "subjects": len(subjects),
-        "runs": len(shared),
+        "runs": table(runs, ours, "score").numel(),
         "fidelity_at_least_full_minus_interval": {
             "full_minus_adapter": _rounded(difference),
             # Few runs have wide intervals, which hold anything.
@@ -214,8 +219,19 @@ def _done(runs: Sequence[Run], method: str) -> set[tuple[str, int]]:
     return {(run["subject"], run["seed"]) for run in runs if run["method"] == method}
 
 
+def _of_subjects(values: Tensor) -> Tensor:
+    """Return means over training seeds, shape (subjects, 1): a seed is nothing that subjects share."""
+    return values.mean(1, keepdim=True)
+
+
 def _mean_of(values: Tensor, figure: str) -> dict[str, float]:
-    found = metrics.estimate(values)
+    of_subjects = _of_subjects(values)
+    found = metrics.estimate(of_subjects, shares=False)
+    if figure in OF_PICTURES and found.low == found.high:
+        # Every picture right, or none: no surer than with one picture of one run otherwise.
+        of_subjects[0] += (1 if found.value < 0.5 else -1) / (PICTURES * values.shape[1])
+        near = metrics.estimate(of_subjects, shares=False)
+        found = replace(found, low=min(found.low, near.low), high=max(found.high, near.high))
     if figure in SHARES:
         found = replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
     return _rounded(found)

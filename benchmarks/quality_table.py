@@ -46,19 +46,22 @@ def means(path: Path = FILE) -> str:
     return _table(head, rows)
 
 
-def compared(path: Path = FILE) -> str:
-    """Return each method's differences from the default with their intervals as a Markdown table.
+def compared(against: str = "adapter", path: Path = FILE) -> str:
+    """Return each method's differences from `against` with their intervals as a Markdown table.
 
-    Bold: the interval does not hold 0. Only subjects and seeds that both have are compared.
+    Bold: the interval does not hold 0. Only subjects and seeds that both have are compared; beside `full`
+    only its own variants.
     """
     found = json.loads(path.read_text(encoding="utf-8"))
     rows = []
     for name, about in found["methods"].items():
-        pairs = about.get("minus_default")
+        if against == "full" and not name.startswith("full-"):
+            continue
+        pairs = about.get(f"minus_{against}")
         if pairs and about["subjects"] >= ENOUGH:
             cells = [_difference(pairs[figure]) for figure in DIFFERENCES if figure in pairs]
             rows.append([f"`{name}`", str(next(iter(pairs.values()))["count"]), *cells])
-    return _table(["minus `adapter`", "pairs", *(MEANS[name] for name in DIFFERENCES)], rows)
+    return _table([f"minus `{against}`", "subjects", *(MEANS[name] for name in DIFFERENCES)], rows)
 
 
 def searched(path: Path = FILE) -> str:

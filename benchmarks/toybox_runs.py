@@ -16,12 +16,11 @@ from typing import Any
 import click
 
 from dbadapter.base import Base, load_base
-from dbadapter.candidates import load_candidate
+from dbadapter.candidates import load_candidate, pipeline_of
 from dbadapter.encoders import TOYBOX_JUDGES, load_encoder, load_prompt_judge
 from dbadapter.evaluation import Evaluator, Scores, Settings, load_photographs, overall
 from dbadapter.evaluation_prompts import Prompts, choose_prompts
 from dbadapter.grid import grid
-from dbadapter.lora import apply
 from dbadapter.toybox import names
 from dbadapter.toybox.subjects import TEST_CONTEXTS, Subject, photographs
 
@@ -113,12 +112,8 @@ class Bench:
         """Score an adapter's file or a tuned model's folder; return the scores, and their values by name."""
         _, evaluator, before = self.subject(subject)
         candidate = load_candidate(made, subject.noun, IDENTIFIER)
-        if candidate.adapter is None:
-            scores = evaluator.score(load_base(str(made)).pipeline, candidate.subject)
-        else:
-            apply(self.base.pipeline, {candidate.adapter: 1.0})
-            scores = evaluator.score(self.base.pipeline, candidate.subject)
-            apply(self.base.pipeline, {})
+        with pipeline_of(self.base, candidate) as pipeline:
+            scores = evaluator.score(pipeline, candidate.subject)
         ceiling = evaluator.ceiling()
         return scores, {
             "ceiling": ceiling,

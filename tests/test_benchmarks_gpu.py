@@ -70,12 +70,16 @@ def test_a_finished_part_is_not_run_again() -> None:
 
 def test_a_part_goes_on_with_the_cells_that_it_has() -> None:
     cells = {"a": {"seconds": 1.0}, "b": {"failed": "out of memory"}, "c": {"not_measured": "no onnxruntime"}}
+    cells["d"] = {"bytes": 1, "disturbed": {"seconds": 2.0}}  # other work ran beside it
     out: dict[str, Any] = {}
     go(out, ["infer-sd15"], Runs(**{"infer-sd15": {"cells": cells, "left": ["d"], "reason": None}}))
     assert out["parts"]["infer-sd15"]["state"] == "partial"
     again = Runs()
     go(out, ["infer-sd15"], again)
     assert set(again.asked[0][1]) == {"a"}
+    out["parts"]["infer-sd15"]["state"] = "partial"
+    go(out, ["limits"], Runs())
+    assert out["left"] == ["infer-sd15"]  # this call was not to do it
 
 
 def test_a_part_that_does_not_fit_is_not_begun_and_listed() -> None:
@@ -295,7 +299,6 @@ def test_the_command_measures_the_limits_and_goes_on(tmp_path: Path) -> None:
     assert str(tmp_path) not in out.read_text()
 
 
-@pytest.mark.slow  # a process for each of eight runs: over a minute
 def test_every_part_goes_through_at_a_tiny_size(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     words = ["--quick", "--threads", "1", "--json", str(out), "--work-dir", str(tmp_path / "work")]

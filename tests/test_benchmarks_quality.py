@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("numba", reason="the benchmarks draw their own pictures")
 
 import click
+import torch
 from click.testing import CliRunner
 
 from benchmarks import quality, quality_table, select
@@ -19,6 +20,7 @@ from benchmarks.quality_figures import FIGURES, best_rates, search, summary, tab
 from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SEEDS, SUBJECTS, recipe, share, works
 from benchmarks.quality_plot import SIZE, pareto
 from benchmarks.toybox_runs import append, read_runs
+from dbadapter import metrics
 from dbadapter.config import TrainConfig
 from dbadapter.presets import PRESETS
 from dbadapter.toybox.subjects import SUBJECTS as TUNED_ON
@@ -130,12 +132,34 @@ def test_figures_are_means_over_subjects_and_seeds_that_all_have() -> None:
     assert found["methods"]["adapter"]["subject_fidelity"]["value"] == 2.0
     assert found["methods"]["adapter"]["score"]["high"] == 1.0  # a share's interval ends at all
     assert found["methods"]["adapter"]["seeds"] == 1
-    assert found["methods"]["full"]["minus_default"]["score"]["value"] == 2.0
+    assert found["methods"]["full"]["minus_adapter"]["score"]["value"] == 2.0
     assert found["before"]["ceiling"] == 0.9
     assert set(found["methods"]) == {"adapter", "full", "adapter-no-prior"}
     assert pareto(found["methods"]).size == SIZE
     with pytest.raises(ValueError, match="nothing to draw"):
         pareto({})
+
+
+def test_seeds_are_no_subjects() -> None:
+    """A second seed of the same subjects adds no subject: only the subjects' means vary."""
+    values = {"a": (0.5, 0.7), "b": (0.6, 0.6), "c": (0.7, 0.8)}
+    runs = [line("adapter", s, n, v) for s, both in values.items() for n, v in enumerate(both)]
+    runs += [line("full", s, n, v + 0.1) for s, both in values.items() for n, v in enumerate(both)]
+    runs += [line("full-unet", s, n, v) for s, both in values.items() for n, v in enumerate(both)]
+    found = summary([*runs, *searches()])["methods"]
+    means = metrics.estimate(torch.tensor([[0.6], [0.6], [0.75]]), shares=False)
+    assert found["adapter"]["likeness"] == pytest.approx(asdict(means), abs=1e-3)
+    assert found["full"]["minus_adapter"]["likeness"]["count"] == 3
+    assert found["full-unet"]["minus_full"]["likeness"]["value"] == -0.1
+    assert "minus_full" not in found["full"]
+
+
+def test_all_pictures_right_are_no_certainty() -> None:
+    runs = [line("adapter", s, 0, 0.5, class_fidelity=1.0, diversity=0.8) for s in "abcdefgh"]
+    found = summary([*runs, *searches()])["methods"]["adapter"]
+    assert found["class_fidelity"]["high"] == 1
+    assert 0.95 < found["class_fidelity"]["low"] < 0.99  # one picture of 144 otherwise
+    assert found["diversity"]["low"] == found["diversity"]["high"] == 0.8
 
 
 def test_targets_by_hand() -> None:
@@ -176,7 +200,7 @@ def test_tables_of_the_readme(tmp_path: Path) -> None:
     assert "| `full`: full fine-tuning, UNet and text encoder | 2.5e-05 | 3 x 1 | .25 |" in shown[-1]
     assert shown[-1].endswith("| 100 | 0 | 73.8 MB |")
     assert shown[-2].endswith("| 460 kB |")
-    assert "| **-.250 [-.250, -.250]** |" in quality_table.compared(tmp_path / "q.json")
+    assert "| **-.250 [-.250, -.250]** |" in quality_table.compared(path=tmp_path / "q.json")
     assert "| `full` | 2.5e-05 | **.90** | .50 | .50 |" in quality_table.searched(tmp_path / "q.json")
 
 
