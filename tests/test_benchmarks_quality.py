@@ -268,3 +268,16 @@ def test_a_quick_run_and_going_on(tmp_path: Path) -> None:
     again = CliRunner().invoke(quality.main, words)
     assert again.exit_code == 0
     assert runs.stat().st_size == size
+
+
+def test_a_quick_run_of_select(tmp_path: Path) -> None:
+    words = ["--quick", "--runs", str(tmp_path / "runs.jsonl"), "--work-dir", str(tmp_path / "work")]
+    done = CliRunner().invoke(select.main, [*words, "--json", str(tmp_path / "a.json")])
+    assert done.exit_code == 0, done.output
+    about = json.loads((tmp_path / "a.json").read_text())["overfitting"]
+    assert about["subjects"] == 1
+    assert about["best"]["step"] <= about["last"]["step"] == 3
+    assert sorted(path.name for path in (tmp_path / "work/mug-100").glob("*.png")) == [
+        "overfitting-selection.png",
+        "overfitting.png",
+    ]
