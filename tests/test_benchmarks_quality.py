@@ -178,11 +178,22 @@ def test_targets_by_hand() -> None:
     fidelity = found["fidelity_at_least_full_minus_interval"]
     assert fidelity["full_minus_adapter"]["value"] == 0
     assert not fidelity["met"]  # of two subjects nothing is known
+    assert not fidelity["met_in_pairs"]
     runs += [line(m, s.name, 0, 0.5) for m in ("adapter", "full", "adapter-no-prior") for s in SUBJECTS[:6]]
     runs.append(line("full", "c", 0, 0.9))  # no other method has it
     found = summary([*runs, *searches()])["targets"]
     assert (found["subjects"], found["runs"]) == (8, 8)
-    assert found["fidelity_at_least_full_minus_interval"]["met"]
+    fidelity = found["fidelity_at_least_full_minus_interval"]
+    assert fidelity["met"]
+    assert fidelity["met_in_pairs"]
+    likeness = {"adapter": 0.5, "full": 0.51, "adapter-no-prior": 0.5}
+    paired = [
+        line(method, subject.name, 0, value + number / 50)
+        for method, value in likeness.items()
+        for number, subject in enumerate(SUBJECTS)
+    ]
+    fidelity = summary([*paired, *searches()])["targets"]["fidelity_at_least_full_minus_interval"]
+    assert (fidelity["met"], fidelity["met_in_pairs"]) == (True, False)  # a little behind with every subject
     found = summary([*runs[:6], *searches()])["targets"]
     kept = found["forgetting_at_most_half_of_no_prior"]
     assert kept["class_kept"] == {"with": 0.05, "without": 0.6, "met": True}
