@@ -20,6 +20,14 @@ if (
 if TYPE_CHECKING:
     from dbadapter.base import Base
 
+# They train in the test's own process: after exports in the same worker they take several times as long.
+FIRST = ("test_selection.py", "test_training.py", "test_training_endings.py", "test_benchmarks_quality.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put whole training runs before everything else; the others stay in their order."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
+
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_collections() -> Iterator[None]:

@@ -299,9 +299,14 @@ def test_the_command_measures_the_limits_and_goes_on(tmp_path: Path) -> None:
     assert str(tmp_path) not in out.read_text()
 
 
-def test_every_part_goes_through_at_a_tiny_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "parts", ["limits,smoke,train-sd15,infer-sdxl", pytest.param(",".join(PARTS), marks=pytest.mark.slow)]
+)
+def test_parts_go_through_at_a_tiny_size(parts: str, tmp_path: Path) -> None:
+    """One part of each kind, a process each; slow: all six."""
     out = tmp_path / "out.json"
     words = ["--quick", "--threads", "1", "--json", str(out), "--work-dir", str(tmp_path / "work")]
+    words += ["--parts", parts]
     result = CliRunner().invoke(gpu.main, [*words, "--budget-seconds", "1500"])
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
@@ -311,9 +316,9 @@ def test_every_part_goes_through_at_a_tiny_size(tmp_path: Path) -> None:
     }
     wrong = {name: about for name, about in cells.items() if "failed" in about or "not_measured" in about}
     assert not wrong
-    for name in ("train-sd15 adapter_fp32", "train-sdxl full_fp32", "infer-sdxl merged", "infer-sd15 eager"):
+    for name in ("train-sd15 adapter_fp32", "train-sd15 full_fp32", "infer-sdxl merged", "infer-sdxl eager"):
         assert cells[name]["share_of_the_matrix_rate"] > 0
-    assert cells["infer-sd15 swap"]["seconds"] > 0
+    assert cells["infer-sdxl swap"]["seconds"] > 0
 
 
 def test_what_a_variant_gives_is_compared_with_torch(tmp_path: Path) -> None:
