@@ -186,17 +186,19 @@ def _targets(runs: Sequence[Run]) -> dict[str, Any]:
         "all": (of(ours, "forgotten"), of(bare, "forgotten"))
     }
     theirs, own = (_of_subjects(table(runs, method, "subject_fidelity")) for method in (full, ours))
-    difference = metrics.difference(theirs, own, shares=False)
+    difference, of_full = (
+        metrics.difference(theirs, own, shares=False),
+        metrics.estimate(theirs, shares=False),
+    )
     subjects = {subject for subject, _ in shared}
     return {
         "subjects": len(subjects),
         "runs": table(runs, ours, "score").numel(),
         "fidelity_at_least_full_minus_interval": {
             "adapter": round(float(own.mean()), 4),
-            "full": _rounded(metrics.estimate(theirs, shares=False)),
+            "full": _rounded(of_full),
             # Few runs have wide intervals, which hold anything.
-            "met": float(own.mean()) >= metrics.estimate(theirs, shares=False).low
-            and len(subjects) == len(SUBJECTS),
+            "met": float(own.mean()) >= of_full.low and len(subjects) == len(SUBJECTS),
             # Subject by subject is stricter: what makes all of them hard or easy falls out.
             "full_minus_adapter": _rounded(difference),
             "met_in_pairs": difference.low <= 0 and len(subjects) == len(SUBJECTS),
