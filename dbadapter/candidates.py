@@ -61,10 +61,16 @@ def load_candidate(path: str | Path, class_noun: str, identifier: str | None = N
 
     Raises:
         UsageError: its words for the subject are not known; the message has the cure.
+        BaseError: the folder holds no model.
         AdapterError: the file is broken.
     """
     path = Path(path)
+    if identifier is not None:  # "sks mug", as `inspect` shows it, is sks
+        identifier = re.sub(
+            rf"\s+{re.escape(class_noun.strip())}$", "", identifier.strip(), flags=re.IGNORECASE
+        )
     if path.is_dir():
+        _check_model(path)
         told, noun = _words_of_the_run(path)
         if told and identifier and identifier != told:
             _warn_of_words(path, told, identifier)
@@ -78,11 +84,11 @@ def load_candidate(path: str | Path, class_noun: str, identifier: str | None = N
         if identifier is None:
             raise UsageError(f"{path} does not say its word for the subject: pass --identifier, e.g. sks")
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        return Candidate(path.name, path, f"{identifier} {class_noun}", None, size)
+        return Candidate(path.resolve().name, path, f"{identifier} {class_noun}", None, size)
     adapter = lora.load_adapter(path)
     trigger = trigger_of(adapter)
     subject = f"{identifier} {class_noun}" if identifier else trigger
-    if identifier and trigger and identifier not in trigger.split():
+    if identifier and trigger and f" {identifier} " not in f" {trigger} ":
         _warn_of_words(path, trigger, subject)
     if subject and not re.search(rf"\b{re.escape(class_noun.strip())}\b", subject, re.IGNORECASE):
         warnings.warn(
@@ -96,6 +102,14 @@ def load_candidate(path: str | Path, class_noun: str, identifier: str | None = N
             f"{path} does not say its words for the subject (modelspec.trigger_phrase): pass --identifier"
         )
     return Candidate(path.stem, path, subject, adapter, path.stat().st_size)
+
+
+def _check_model(folder: Path) -> None:
+    if (folder / "model_index.json").is_file():
+        return
+    if (folder / "model" / "model_index.json").is_file():
+        raise BaseError(f"{folder} is the folder of a run: pass {folder / 'model'}")
+    raise BaseError(f"{folder} holds no model: there is no model_index.json in it")
 
 
 def _warn_of_words(path: Path, told: str | None, asked: str | None) -> None:
@@ -124,7 +138,7 @@ def told_apart(candidates: Sequence[Candidate]) -> list[Candidate]:
     for depth in range(1, max((len(parts) for parts in parents), default=0) + 1):
         twice = {name for name in names if names.count(name) > 1}
         names = [
-            "/".join((*parts[-depth:], each.name)) if name in twice else name
+            str(Path(*parts[-depth:], each.name)) if name in twice else name
             for name, parts, each in zip(names, parents, candidates, strict=True)
         ]
     return [replace(each, name=name) for each, name in zip(candidates, names, strict=True)]

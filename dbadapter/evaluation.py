@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dbadapter import metrics
-from dbadapter.base import Base
+from dbadapter.base import Base, check_prompt
 from dbadapter.candidates import Candidate, check_candidates, pipeline_of
 from dbadapter.encoders import Encoder, PromptJudge
 from dbadapter.errors import BaseError, DataError
@@ -292,8 +292,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return the figures of the base and of every candidate, over the same prompts and seeds.
 
-    Every figure is {"value", "low", "high", "count"}, low and high its interval of 95 % (bootstrap over
-    prompts and seeds, `metrics`):
+    Every figure is {"value", "low", "high", "count"}, low and high its interval of 95 % over prompts
+    and seeds (`metrics.estimate`):
 
     - subject_fidelity: mean cosine of pictures of the subject and its photographs. The ceiling is the
       photographs' own, the floor what the base draws for the class noun in the same prompts.
@@ -318,8 +318,14 @@ def evaluate(
         on_pictures: called with "base", then each candidate's name, and its pictures (`Scores.drawn`).
     Raises:
         BaseError: no candidate gives pictures that are finite; one of several is "left_out", with a warning.
+        DataError: a prompt is too long for the base with a candidate's words, or with the class noun.
     """
     check_candidates(base, candidates)
+    for subject in (class_noun, *(candidate.subject for candidate in candidates)):
+        for template in prompts.subject:
+            check_prompt(base.tokenizer, template.format(subject))
+    for prompt in (prompts.class_prompt, *prompts.unrelated):
+        check_prompt(base.tokenizer, prompt)
     _warn_of_twins(photographs)
     chosen = settings or Settings()
     if chosen.resolution is None:

@@ -71,7 +71,7 @@ def report_page(report: Mapping[str, Any], pictures: ReportPictures) -> str:
         "summary": join(
             element(
                 "p",
-                "Means, in brackets their intervals of 95 % (bootstrap; of shares Wilson's).",
+                "Means, in brackets their intervals of 95 % (over prompts and seeds; of shares Wilson's).",
             ),
             summary_table(report),
             _left_out(report),

@@ -313,8 +313,7 @@ def _figure_plot(report: Mapping[str, Any], key: str) -> Html:
         plot = None
         if value:
             low, at, high = value
-            said = f"{name}: {at:.3f}, interval from {low:.3f} to {high:.3f}"
-            plot = strip(axis, [Mark(at, style, low, high)], rules, said)
+            plot = strip(axis, [Mark(at, style, low, high)], rules, f"{name}: {at:.3f}{_ends_said(figure)}")
         rows.append(element("li", element("div", head, _figure_text(figure), cls="row-head"), plot))
     return element(
         "figure",
@@ -384,6 +383,13 @@ def _figure_text(figure: Any) -> Html:
     if isinstance(figure, int | float):
         return element("span", number(figure), cls="figure")
     return element("span", figure, cls="missing")
+
+
+def _ends_said(figure: Any) -> str:
+    if not isinstance(figure, Mapping):
+        return ""
+    low, high = figure["low"], figure["high"]
+    return f", interval from {low:.3f} to {high:.3f}" if is_known(low, high) else ", interval unknown"
 
 
 def _triple(figure: Any) -> tuple[float, float, float] | None:

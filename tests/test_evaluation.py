@@ -298,6 +298,9 @@ def test_a_reader_who_goes_away_leaves_the_files(
         (("--adapter", "dog.safetensors", "--image-encoder", "toybox-judge"), "did you mean toybox-judges?"),
         (("--adapter", "."), "is a folder: pass a fully tuned model's with --tuned"),
         (("--tuned", "dog.safetensors"), "is a folder in diffusers' layout; pass an adapter's file"),
+        (("--tuned", "nope"), "--tuned nope does not exist: give a tuned model's folder"),
+        (("--tuned", "empty"), "empty holds no model: there is no model_index.json in it"),
+        (("--tuned", "run"), "run is the folder of a run: pass run/model"),
         (("--adapter", "base.safetensors"), "a candidate is called 'base'"),
         (("--adapter", "dog.safetensors", "--class-noun", " "), "--class-noun is empty"),
     ],
@@ -306,7 +309,9 @@ def test_refusals_are_one_line(
     words: tuple[str, ...], said: str, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files)
-    (files / "peft").mkdir(exist_ok=True)
+    for folder in ("peft", "empty", "run/model"):
+        (files / folder).mkdir(parents=True, exist_ok=True)
+    (files / "run/model/model_index.json").write_text("{}")
     (files / "peft" / "adapter_config.json").write_text("{}")
     (files / "base.safetensors").write_bytes((files / "dog.safetensors").read_bytes())
     done = run("--instance-data-dir", str(photographs), *words)
@@ -316,7 +321,52 @@ def test_refusals_are_one_line(
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_two_of_one_name_are_told_apart_by_their_folder(files: Path, tmp_path: Path) -> None:
+def test_a_prompt_too_long_for_one_of_them_is_told_before_anything_is_drawn(
+    base: Base, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation.Evaluator, "_draw", lambda *_: pytest.fail("drawn too early"))
+    one, other = (load_candidate(files / f"{name}.safetensors", "dog") for name in ("dog", "hat"))
+    room = base.tokenizer.model_max_length - len(base.tokenizer("a photo of a dog").input_ids)
+    prompts = choose_prompts("dog", ["a photo of a {}" + " dog" * room])
+    words = {"class_noun": "dog", "encoder": PIXELS}
+    shown = load_photographs(photographs, 32)
+    with pytest.raises(DataError, match=r"tokens long, this base reads at most .*; shorten it"):
+        evaluate(base, [one, other], shown, prompts, **words)
+
+
+def test_the_trigger_may_stand_for_the_identifier(files: Path, recwarn: pytest.WarningsRecorder) -> None:
+    told = load_candidate(files / "dog.safetensors", "dog").subject
+    assert load_candidate(files / "dog.safetensors", "dog", told).subject == told
+    assert not recwarn.list
+
+
+def test_what_cannot_be_written_takes_nothing_else_with_it(
+    photographs: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full at the end, after hours of drawing."""
+    command, write = sys.modules["dbadapter.cli.evaluate"], Path.write_text
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        if ".json." in path.name:
+            write(path, text[:5], **options)
+            raise OSError(28, "No space left on device")
+        return write(path, text, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(command, "_show", lambda _: print("the table"))
+    monkeypatch.setattr(command, "_report", lambda *_, **__: {"figures": {}})
+    monkeypatch.setattr("dbadapter.evaluation_report.report_page", lambda *_: "a page")
+    words = ["--instance-data-dir", str(photographs), "--adapter", str(files / "dog.safetensors")]
+    done = run(*words, "--json", str(tmp_path / "out.json"), "--report", str(tmp_path / "out.html"))
+    assert done.exit_code == 1
+    assert "out.json cannot be written (No space left on device): pass another --json" in done.stderr
+    assert "the table" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["out.html"]
+
+
+def test_two_of_one_name_are_told_apart_by_their_folder(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "dog.safetensors").write_bytes((files / "dog.safetensors").read_bytes())
@@ -329,6 +379,15 @@ def test_two_of_one_name_are_told_apart_by_their_folder(files: Path, tmp_path: P
     paths = [tmp_path / "x/run/dog.safetensors", tmp_path / "y/run/dog.safetensors", paths[0]]
     names = [each.name for each in told_apart([load_candidate(path, "dog") for path in paths])]
     assert names == ["x/run/dog", "y/run/dog", "a/dog"]
+    monkeypatch.chdir(tmp_path / "x")
+    (tmp_path / "x/model_index.json").write_text("{}")
+    assert load_candidate(".", "dog", "sks").name == "x"
+    (tmp_path / "x/run/dog").mkdir()
+    (tmp_path / "x/run/dog/model_index.json").write_text("{}")
+    alike = told_apart(
+        [load_candidate(Path("run", name), "dog", "sks") for name in ("dog", "dog.safetensors")]
+    )
+    assert {each.name for each in alike} == {str(tmp_path / "x/run/dog")}  # which the command refuses
 
 
 def test_a_broken_candidate_takes_the_others_not_with_it(

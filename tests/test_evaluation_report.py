@@ -203,6 +203,15 @@ def test_every_figure_is_explained() -> None:
     assert "Sharpness" in headings
 
 
+def test_a_plot_says_unknown_where_the_table_does() -> None:
+    report = make_report(("dog",))
+    figure = report["figures"]["dog"]["subject_fidelity"]
+    figure |= {"low": figure["value"] - 2, "high": figure["value"] + 2}
+    page = report_page(report, ReportPictures())
+    assert f"dog: {figure['value']:.3f}, interval unknown" in page
+    assert f"{figure['value']:.3f}, interval from {figure['value']:.3f}" not in page
+
+
 def test_differences_are_marked_where_zero_lies_outside() -> None:
     report = make_report(("dog", "hat"))
     page = Reader(report_page(report, ReportPictures()))
@@ -371,11 +380,14 @@ def test_outputs_are_refused_before_anything_is_read(tmp_path: Path) -> None:
         (["--report", str(tmp_path)], "is a folder"),
         (["--report", str(tmp_path / "out.html" / "x.html")], "cannot be written"),
         (["--report", str(tmp_path / "x"), "--json", str(tmp_path / "x")], "are both"),
+        (["--report", str(tmp_path / "x"), "--json", str(tmp_path / "x" / "y")], "one lies in the other"),
+        (["--report", str(tmp_path / ("x" * 251))], "cannot be written (File name too long)"),
     ):
         done = CliRunner().invoke(main, [*words, *given])
         assert done.exit_code in (1, 2)
         assert said in done.stderr
     assert (tmp_path / "out.html").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out.html"]
 
 
 def test_the_command_writes_one_page(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -117,6 +117,8 @@ def evaluate(
     _refuse_peft_folders(paths)
     if adapter is not None and adapter.is_dir():
         raise UsageError(f"--adapter {adapter} is a folder: pass a fully tuned model's with --tuned")
+    if tuned is not None and not tuned.exists():
+        raise UsageError(f"--tuned {tuned} does not exist: give a tuned model's folder")
     if tuned is not None and tuned.is_file():
         raise UsageError(
             f"--tuned {tuned} is a file: a tuned model is a folder in diffusers' layout; pass an adapter's "
@@ -128,12 +130,16 @@ def evaluate(
     # What is drawn is kept only where it is shown.
     pictures = ReportPictures() if report_path is not None else None
     report = _report(base, paths, class_noun, identifier, pictures, **request)
-    # Before anything is shown: a pipe that is closed early must not take the files with it.
+    # Before anything is shown: a pipe that is closed early must not take the files with it. Nor may a file
+    # that cannot be written take the other, or the table: hours of drawing are in them.
+    failed: list[OutputError] = []
     if json_path is not None:
-        _write(json_path, json.dumps(report, indent=2) + "\n", "--json")
+        _write(json_path, json.dumps(report, indent=2) + "\n", "--json", failed)
     if report_path is not None and pictures is not None:
-        _write(report_path, report_page(report, pictures), "--report")
+        _write(report_path, report_page(report, pictures), "--report", failed)
     _show(report)
+    if failed:
+        raise failed[0]
 
 
 def _report(
@@ -163,7 +169,7 @@ def _report(
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UsageError(
             f"two candidates are called {twice!r}: the report tells them apart by name and folder; name each "
-            "file once"
+            "once, or rename one"
         )
     loaded = load_base(base)
     device = loaded.device.type
@@ -250,7 +256,10 @@ def _decimal(value: float, sign: str = "") -> str:
 def _refuse_peft_folders(paths: list[Path]) -> None:
     """Refuse what looks like a tuned model and is an adapter in PEFT's own layout."""
     for path in paths:
-        if any((path / part / "adapter_config.json").is_file() for part in ("", "unet", "text_encoder")):
+        if any(
+            (path / part / "adapter_config.json").is_file()
+            for part in ("", "unet", "text_encoder", "text_encoder_2")
+        ):
             raise UsageError(f"{path} is a PEFT folder: make a file of it with dbadapter convert first")
 
 
@@ -263,30 +272,40 @@ def _check_outputs(json_path: Path | None, report_path: Path | None, overwrite: 
             raise OutputError(f"{path} exists already: choose another name or overwrite it (--overwrite)")
         if path is not None:
             _check_writable(path, option)
-    if json_path is not None and report_path is not None and json_path.resolve() == report_path.resolve():
-        raise UsageError(f"--json and --report are both {json_path}: give each a name of its own")
+    if json_path is not None and report_path is not None:
+        one, other = json_path.resolve(), report_path.resolve()
+        if one == other:
+            raise UsageError(f"--json and --report are both {json_path}: give each a name of its own")
+        if one in other.parents or other in one.parents:
+            raise UsageError("of --json and --report one lies in the other: give each a name of its own")
 
 
 def _check_writable(path: Path, option: str) -> None:
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
     try:
-        # A real file, gone at once: access bits say nothing about read-only disks, nor to root.
-        tempfile.TemporaryFile(dir=nearest).close()
+        nearest = next(folder for folder in path.absolute().parents if folder.exists())
+        # A real file of that length of name, gone at once: access bits say nothing about read-only disks.
+        temporary = nearest / _temporary(path).name
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
     except OSError as error:
         raise OutputError(
             f"{path} cannot be written ({error.strerror or error}): pass another {option}"
         ) from None
 
 
-def _write(path: Path, text: str, option: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def _write(path: Path, text: str, option: str, failed: list[OutputError]) -> None:
+    temporary = _temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror or error}): pass another {option}"
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        failed.append(
+            OutputError(f"{path} cannot be written ({error.strerror or error}): pass another {option}")
+        )
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
