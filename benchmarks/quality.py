@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,18 @@ import torch
 
 from benchmarks import report
 from benchmarks.quality_figures import best_rates, fresh, summary
-from benchmarks.quality_plan import METHODS, QUICK, SEEDS, SETTINGS, Work, part_of, recipe, share, works
+from benchmarks.quality_plan import (
+    METHODS,
+    QUICK,
+    SEEDS,
+    SETTINGS,
+    SUBJECTS,
+    Work,
+    part_of,
+    recipe,
+    share,
+    works,
+)
 from benchmarks.quality_plot import pareto
 from benchmarks.quality_table import ENOUGH
 from benchmarks.toybox_runs import Bench, append, read_runs, sheet, train
@@ -57,6 +69,18 @@ def run(bench: Bench, work: Work, *, quick: bool) -> dict[str, Any]:
     }
 
 
+def _wait_for_search(runs: Path, methods: Sequence[str], start: float, seconds: float | None) -> None:
+    """Wait until the other processes have done their share of the search, or `seconds` are over."""
+    told = False
+    while missing := [name for name in methods if name not in best_rates(fresh(read_runs(runs)))]:
+        if seconds is not None and time.perf_counter() - start > seconds:
+            return
+        if not told:
+            click.echo(f"waiting for the other parts to search the rate of {', '.join(missing)}", err=True)
+        told = True
+        time.sleep(5)
+
+
 @click.command()
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the summary goes.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Fidelity against forgetting.")
@@ -69,7 +93,9 @@ def run(bench: Bench, work: Work, *, quick: bool) -> dict[str, Any]:
 @click.option("--seeds", help=f"Only these, with commas between, of {', '.join(map(str, SEEDS))}.")
 @click.option("--part", default="1/1", show_default=True, help="Which share of the runs, for two processes.")
 @click.option("--seconds", type=float, help="Start no run after so long.")
-@click.option("--quick", is_flag=True, help="One subject, two methods, few steps: measures nothing.")
+@click.option(
+    "--quick", is_flag=True, help="Two methods, one subject beside the search's, few steps: measures nothing."
+)
 def main(
     json_path: Path | None,
     plot_path: Path | None,
@@ -89,6 +115,8 @@ def main(
     wanted = methods.split(",") if methods else list(METHODS)
     if unknown := [method for method in wanted if method not in METHODS]:
         raise click.UsageError(f"unknown methods {', '.join(unknown)}; known: {', '.join(METHODS)}")
+    if quick:
+        wanted = [method for method in wanted if method in ("adapter", "full")]
     chosen = seeds.split(",") if seeds else [str(seed) for seed in SEEDS]
     if unknown := [seed for seed in chosen if seed not in map(str, SEEDS)]:
         raise click.UsageError(f"unknown seeds {', '.join(unknown)}; known: {', '.join(map(str, SEEDS))}")
@@ -97,10 +125,12 @@ def main(
     for name in ("search", "compare") if stage is None else (stage,):
         if name == "summary":
             break
+        if name == "compare" and stage is None and process[1] > 1:
+            _wait_for_search(runs_path, wanted, start, seconds)
         work_list = list(works(name, best_rates(fresh(read_runs(runs_path))), wanted))
         if quick:
-            work_list = [w for w in work_list if w.method in ("adapter", "full") and w.seed == 0]
-            work_list = [w for w in work_list if w.subject == work_list[0].subject]
+            work_list = [w for w in work_list if w.seed == 0]
+            work_list = [w for w in work_list if w.stage == "search" or w.subject == SUBJECTS[0]]
         mine = share(list(dict.fromkeys(work.subject for work in work_list)), process)
         for work in work_list:
             done = {each["key"] for each in fresh(read_runs(runs_path))}

@@ -116,12 +116,10 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
     methods: dict[str, Any] = {}
     runs = fresh(runs)
     best, searched = best_rates(runs), search(runs)
-    # A search that went on may have found another rate: runs at the one before it count no more.
-    runs = [
-        run
-        for run in runs
-        if run["stage"] == "compare" and run["rate"] == best.get(METHODS[run["method"]].rate_of)
-    ]
+    # A search that went on may have found another rate: runs at the one before it are told apart.
+    compared = [run for run in runs if run["stage"] == "compare"]
+    rates = {name: best.get(method.rate_of) for name, method in METHODS.items()}
+    runs = [run for run in compared if run["rate"] == rates[run["method"]]]
     for name, method in METHODS.items():
         first = table(runs, name, "score")
         if not first.numel():
@@ -130,7 +128,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         methods[name] = {
             "about": method.about,
             "options": list(method.options),
-            "learning_rate": best[method.rate_of],
+            "learning_rate": rates[name],
             "subjects": first.shape[0],
             "seeds": first.shape[1],
             **figures,
@@ -153,8 +151,22 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
             name for name, rate in best.items() if rate in (min(SEARCHED[name]), max(SEARCHED[name]))
         ],
         "methods": methods,
+        "other_rates": _other_rates([run for run in compared if run["rate"] != rates[run["method"]]]),
         "targets": _targets(runs),
     }
+
+
+def _other_rates(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return what methods reached at rates that their search did not choose, where runs were made there."""
+    found = []
+    for name in METHODS:
+        for rate in sorted({run["rate"] for run in runs if run["method"] == name}):
+            at_rate = [run for run in runs if run["rate"] == rate]
+            subjects, seeds = table(at_rate, name, "score").shape
+            figures = {figure: _mean_of(table(at_rate, name, figure), figure) for figure in FIGURES}
+            told = {"learning_rate": rate, "subjects": subjects, "seeds": seeds}
+            found.append({"method": name, **told, **figures})
+    return found
 
 
 def _pairs(runs: Sequence[Run], name: str, against: str) -> dict[str, Any]:

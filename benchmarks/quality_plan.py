@@ -59,13 +59,15 @@ def _rank(rank: int, rate_of: str) -> Method:
 METHODS: Mapping[str, Method] = {
     "adapter": Method("the defaults: rank 8, distilled prior", "adapter", main=True),
     "full": Method("full fine-tuning, UNet and text encoder", "full", ("--full",), main=True),
-    "adapter-no-prior": Method("adapter without a prior", "adapter", ("--prior", "none"), main=True),
-    "full-no-prior": Method("full, without a prior", "full", ("--full", "--prior", "none"), main=True),
+    "adapter-no-prior": Method("adapter without a prior", "adapter-no-prior", ("--prior", "none"), main=True),
+    "full-no-prior": Method(
+        "full, without a prior", "full-no-prior", ("--full", "--prior", "none"), main=True
+    ),
     "rank-1": _rank(1, "rank-1"),
     "rank-4": _rank(4, "adapter"),
     "full-unet": Method("full, UNet alone", "full-unet", ("--full", "--no-train-text-encoder")),
     "no-text-encoder": Method("adapter, UNet alone", "no-text-encoder", ("--no-train-text-encoder",)),
-    "adapter-generated": Method("adapter, generated prior", "adapter", ("--prior", "generated")),
+    "adapter-generated": Method("adapter, generated prior", "adapter-generated", ("--prior", "generated")),
     "adapter-distill-instance": Method(
         "adapter, distilled on the photographs' latents", "adapter", ("--prior-source", "instance")
     ),
@@ -75,7 +77,7 @@ METHODS: Mapping[str, Method] = {
     "all-targets": Method(
         "adapter, every layer", "adapter", ("--targets", "attention,feed-forward,proj,conv")
     ),
-    "full-generated": Method("full, generated prior", "full", ("--full", "--prior", "generated")),
+    "full-generated": Method("full, generated prior", "full-generated", ("--full", "--prior", "generated")),
     "full-distill-instance": Method(
         "full, distilled on the photographs' latents", "full", ("--full", "--prior-source", "instance")
     ),
@@ -92,6 +94,10 @@ SEARCH_SUBJECTS = (Subject("car", 200), Subject("fish", 201))
 SEARCHED: Mapping[str, tuple[float, ...]] = {
     "adapter": (1e-3, 2e-3, 4e-3),
     "full": (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4),
+    "adapter-no-prior": (1.5e-5, 3e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
+    "full-no-prior": (1.5e-6, 3e-6, 6e-6, 1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4),
+    "adapter-generated": (5e-4, 1e-3, 2e-3, 4e-3),
+    "full-generated": (5e-5, 1e-4, 2e-4, 4e-4),
     "rank-1": (2e-3, 4e-3, 8e-3),
     "full-unet": (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4),
     "no-text-encoder": (1e-3, 2e-3, 4e-3),

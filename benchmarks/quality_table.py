@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.findings import RESULTS
 
-__all__ = ["chosen", "compared", "means", "searched"]
+__all__ = ["chosen", "compared", "means", "others", "searched"]
 
 ENOUGH = 3  # subjects: of fewer nothing is known, and no row is shown
 SELECT = RESULTS / "select.json"
@@ -35,15 +36,23 @@ def means(path: Path = FILE) -> str:
     base = [_value(before[name]) if name in before else "" for name in MEANS]
     rows = [["the base, untrained", "", "", *base, "", "", ""]]
     for name, about in found["methods"].items():
-        if about["subjects"] < ENOUGH:
-            continue
-        shown = [_value(about[figure]["value"]) for figure in MEANS]
-        cost = [f"{about[figure]['value']:.0f}" for figure in ("cpu_seconds", "peak_memory_mb")]
-        rate = f"{about['learning_rate']:g}"
-        runs = f"{about['subjects']} x {about['seeds']}"
-        cost.append(_size(about["bytes"]["value"]))
-        rows.append([f"`{name}`: {about['about']}", rate, runs, *shown, *cost])
+        if about["subjects"] >= ENOUGH:
+            rows.append([f"`{name}`: {about['about']}", *_means_row(about)])
     return _table(head, rows)
+
+
+def others(path: Path = FILE) -> str:
+    """Return the means of runs at other rates than the search's best as a Markdown table."""
+    found = json.loads(path.read_text(encoding="utf-8"))["other_rates"]
+    rows = [[f"`{about['method']}`", *_means_row(about)] for about in found if about["subjects"] >= ENOUGH]
+    return _table(["method", "rate", "runs", *MEANS.values(), "CPU s", "peak MB", "file"], rows)
+
+
+def _means_row(about: Mapping[str, Any]) -> list[str]:
+    shown = [_value(about[figure]["value"]) for figure in MEANS]
+    cost = [f"{about[figure]['value']:.0f}" for figure in ("cpu_seconds", "peak_memory_mb")]
+    runs = f"{about['subjects']} x {about['seeds']}"
+    return [f"{about['learning_rate']:g}", runs, *shown, *cost, _size(about["bytes"]["value"])]
 
 
 def compared(against: str = "adapter", path: Path = FILE) -> str:

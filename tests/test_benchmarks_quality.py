@@ -34,7 +34,7 @@ def line(
     names = ("subject_fidelity", "prompt_fidelity", "noun_agreement")
     rate = RATES[METHODS[method].rate_of]
     return {
-        "key": f"{stage}/{method}/{subject}/{seed}/{more.get('rate', rate)}",
+        "key": f"{stage}/{method}/{subject}/seed-{seed}/rate-{more.get('rate', rate):g}",
         "stage": stage,
         "method": method,
         "subject": subject,
@@ -212,6 +212,12 @@ def test_tables_of_the_readme(tmp_path: Path) -> None:
     assert shown[-1].endswith("| 100 | 0 | 73.8 MB |")
     assert shown[-2].endswith("| 460 kB |")
     assert "| **-.250 [-.250, -.250]** |" in quality_table.compared(path=tmp_path / "q.json")
+    runs += [line("full", s, 0, 0.75, rate=4e-4, bytes=73_800_000) for s in "abc"]
+    again = summary([*runs, *searches()])
+    (tmp_path / "q.json").write_text(json.dumps(again))
+    assert quality_table.means(tmp_path / "q.json").splitlines() == shown
+    assert "| `full` | 0.0004 | 3 x 1 | .75 |" in quality_table.others(tmp_path / "q.json")
+    assert again["compared"] == 6
     assert "| `full` | 2.5e-05 | **.90** | .50 | .50 |" in quality_table.searched(tmp_path / "q.json")
 
 
@@ -279,6 +285,26 @@ def test_a_quick_run_and_going_on(tmp_path: Path) -> None:
     again = CliRunner().invoke(quality.main, words)
     assert again.exit_code == 0
     assert runs.stat().st_size == size
+
+
+def test_a_part_waits_for_the_others_share_of_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, slept = tmp_path / "runs.jsonl", []
+    mine, others = searches(quick=True)[::2], searches(quick=True)[1::2]
+    for each in (*mine, line("adapter", SUBJECTS[0].name, 0, 0.5, quick=True)):
+        append(runs, each)
+
+    def the_others_go_on(seconds: float) -> None:
+        slept.append(seconds)
+        append(runs, others.pop(0))
+
+    monkeypatch.setattr(quality.time, "sleep", the_others_go_on)
+    words = ["--quick", "--methods", "adapter", "--runs", str(runs), "--part", "1/2"]
+    done = CliRunner().invoke(quality.main, words)
+    assert done.exit_code == 0, done.output
+    assert len(slept) == len(SEARCHED["adapter"])
+    assert done.output.count("waiting for the other parts to search the rate of adapter") == 1
 
 
 def test_a_quick_run_of_select(tmp_path: Path) -> None:

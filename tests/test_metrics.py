@@ -263,7 +263,7 @@ def test_the_interval_over_pairs_covers(pictures: int) -> None:
 
 @pytest.mark.parametrize(("pictures", "covered"), [(6, (0.35, 0.7)), (24, (0.85, 0.99))])
 def test_a_rare_kind_among_few_pictures_is_missed(pictures: int, covered: tuple[float, float]) -> None:
-    """One picture in ten of another kind is often not drawn at all: a limit that docs/evaluation.md states."""
+    """One picture in ten of another kind may never be drawn: a limit that docs/evaluation.md states."""
     generator = torch.Generator().manual_seed(8)
 
     def table(n: int) -> torch.Tensor:
