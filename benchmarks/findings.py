@@ -276,8 +276,12 @@ def _quality(found: Any) -> str:
             f"{about['forgotten']['value']:.2f} of its class ({about['subjects']} x {about['seeds']} runs)"
         )
 
-    main = [name for name in ("adapter", "full", "adapter-no-prior") if name in found["methods"]]
-    return "; ".join(told(name) for name in main) or f"{found['compared']} runs so far"
+    parts = [told(name) for name in ("adapter", "full") if name in found["methods"]]
+    if forgotten := found["targets"].get("forgetting_at_most_half_of_no_prior"):
+        parts.append(
+            f"without a prior, at the adapter's rate, {forgotten['all']['without']:.2f} of it is forgotten"
+        )
+    return "; ".join(parts) or f"{found['compared']} runs so far"
 
 
 def _bars(found: Any) -> str:

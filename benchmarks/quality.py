@@ -146,6 +146,11 @@ def main(
             click.echo(f"{work.key}: score {found['score']:.3f}, {found['seconds']:.0f} s", err=True)
     figures = summary(read_runs(runs_path))
     shown = {name: of for name, of in figures["methods"].items() if quick or of["subjects"] >= ENOUGH}
+    shown |= {
+        f"{of['method']} at {of['learning_rate']:g}": of
+        for of in figures["other_rates"]
+        if of["subjects"] >= ENOUGH
+    }
     if plot_path is not None and shown:
         plot_path.parent.mkdir(parents=True, exist_ok=True)
         pareto(shown).save(plot_path)

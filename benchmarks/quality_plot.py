@@ -41,7 +41,8 @@ def pareto(methods: Mapping[str, Any]) -> Image.Image:
     """Return a picture of the methods' means with their intervals: up and left is better.
 
     Args:
-        methods: of the benchmark's JSON; "likeness" and "forgotten" of each are drawn.
+        methods: of the benchmark's JSON; "likeness" and "forgotten" of each are drawn. A name may go on with
+            " at RATE".
     Raises:
         ValueError: there is no method.
     """
@@ -89,11 +90,12 @@ def pareto(methods: Mapping[str, Any]) -> Image.Image:
         )
         taken.append((left, y - 1, end, y + 1))
     for name, about in sorted(methods.items(), key=lambda item: dots[item[0]][1]):
-        x, y, color = about["forgotten"], about["likeness"], _FULL if METHODS[name].full else _ADAPTER
+        full = METHODS[name.partition(" ")[0]].full
+        x, y, color = about["forgotten"], about["likeness"], _FULL if full else _ADAPTER
         draw.line([at(x["low"], y["value"]), at(x["high"], y["value"])], fill=color)
         draw.line([at(x["value"], y["low"]), at(x["value"], y["high"])], fill=color)
         (cx, cy), r = dots[name], 5
-        if METHODS[name].full:
+        if full:
             draw.rectangle([cx - r, cy - r, cx + r, cy + r], fill=color)
         else:
             draw.ellipse([cx - r, cy - r, cx + r, cy + r], fill=color)

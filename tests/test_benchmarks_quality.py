@@ -170,7 +170,8 @@ def test_targets_by_hand() -> None:
         "adapter", class_kept=0.95, class_spread=0.9, class_obedience=1.0, bytes=10, peak_memory_mb=100
     )
     runs += rows("full", bytes=600, peak_memory_mb=200)
-    runs += rows("adapter-no-prior", class_kept=0.4, class_spread=0.85)
+    runs += rows("adapter-no-prior", class_kept=0.4, class_spread=0.85, rate=RATES["adapter"])
+    runs += rows("adapter-no-prior", class_kept=0.9, class_spread=0.9, likeness=0.1)  # at its own
     found = summary([*runs, *searches()])["targets"]
     assert found["file_50_times_smaller"] == {"ratio": 60.0, "met": True}
     assert found["memory_below_full"] == {"ratio": 0.5, "met": True}
@@ -194,12 +195,17 @@ def test_targets_by_hand() -> None:
     ]
     fidelity = summary([*paired, *searches()])["targets"]["fidelity_at_least_full_minus_interval"]
     assert (fidelity["met"], fidelity["met_in_pairs"]) == (True, False)  # a little behind with every subject
-    found = summary([*runs[:6], *searches()])["targets"]
+    found = summary([*runs[:8], *searches()])["targets"]
+    slow = found["the_same_at_its_own_rate"]
+    assert slow["class_kept"] == {"with": 0.05, "without": 0.1, "met": True}
+    assert slow["likeness"] == {"with": 0.5, "without": 0.1}
     kept = found["forgetting_at_most_half_of_no_prior"]
     assert kept["class_kept"] == {"with": 0.05, "without": 0.6, "met": True}
     lost = round(1 - (0.95 * 0.9) ** (1 / 3), 4), round(1 - (0.4 * 0.85 * 0.5) ** (1 / 3), 4)
     assert kept["all"] == {"with": lost[0], "without": lost[1], "met": True}
     assert kept["class_spread"] == {"with": 0.1, "without": 0.15, "met": False}
+    assert kept["likeness"] == {"with": 0.5, "without": 0.5}
+    assert kept["runs"] == slow["runs"] == 2
 
 
 def test_tables_of_the_readme(tmp_path: Path) -> None:
