@@ -204,10 +204,8 @@ def _targets(runs: Sequence[Run], others: Sequence[Run]) -> dict[str, Any]:
         return float(table(runs_of_both, method, figure).mean())
 
     theirs, own = (_of_subjects(table(runs_of_both, method, "subject_fidelity")) for method in (full, ours))
-    difference, of_full = (
-        metrics.difference(theirs, own, shares=False),
-        metrics.estimate(theirs, shares=False),
-    )
+    of_full = metrics.estimate(theirs, shares=False)
+    difference = metrics.difference(theirs, own, shares=False)
     subjects = {subject for subject, _ in shared}
     return {
         "subjects": len(subjects),
@@ -275,7 +273,7 @@ def _of_subjects(values: Tensor) -> Tensor:
 def _mean_of(values: Tensor, figure: str) -> dict[str, float]:
     of_subjects = _of_subjects(values)
     found = metrics.estimate(of_subjects, shares=False)
-    if figure in OF_PICTURES and found.low == found.high:
+    if figure in OF_PICTURES and found.high - found.low < 1e-9:
         # Every picture right, or none: no surer than with one picture of one run otherwise.
         of_subjects[0] += (1 if found.value < 0.5 else -1) / (PICTURES * values.shape[1])
         near = metrics.estimate(of_subjects, shares=False)

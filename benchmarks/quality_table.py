@@ -25,27 +25,27 @@ MEANS = {
     "unrelated_fidelity": "others as asked",
     "score": "score",
 }
+_HEAD = ("method", "rate", "runs", *MEANS.values(), "CPU s", "peak MB", "file")
 DIFFERENCES = ("score", "likeness", "context_agreement", "forgotten", "drift", "unrelated_fidelity")
 
 
 def means(path: Path = FILE) -> str:
     """Return every method's means as a Markdown table, in the plan's order, the base's row first."""
     found = json.loads(path.read_text(encoding="utf-8"))
-    head = ["method", "rate", "runs", *MEANS.values(), "CPU s", "peak MB", "file"]
     before = found["before"]
     base = [_value(before[name]) if name in before else "" for name in MEANS]
     rows = [["the base, untrained", "", "", *base, "", "", ""]]
     for name, about in found["methods"].items():
         if about["subjects"] >= ENOUGH:
             rows.append([f"`{name}`: {about['about']}", *_means_row(about)])
-    return _table(head, rows)
+    return _table(_HEAD, rows)
 
 
 def others(path: Path = FILE) -> str:
     """Return the means of runs at other rates than the search's best as a Markdown table."""
     found = json.loads(path.read_text(encoding="utf-8"))["other_rates"]
     rows = [[f"`{about['method']}`", *_means_row(about)] for about in found if about["subjects"] >= ENOUGH]
-    return _table(["method", "rate", "runs", *MEANS.values(), "CPU s", "peak MB", "file"], rows)
+    return _table(_HEAD, rows)
 
 
 def _means_row(about: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from dbadapter.candidates import load_candidate, pipeline_of, told_apart
 from dbadapter.cli import main
 from dbadapter.errors import BaseError, DataError, UsageError
 from dbadapter.evaluation import Settings, evaluate, load_photographs
-from dbadapter.evaluation_prompts import LIVE, OBJECT, Prompts, choose_prompts, default_prompts, read_prompts
+from dbadapter.evaluation_prompts import Prompts, choose_prompts
 from dbadapter.export.parity import synthetic_adapter
 from dbadapter.model_folder import write_model_folder
 
@@ -206,40 +206,6 @@ def test_a_tuned_model_keeps_the_noise_schedule_that_it_was_trained_with(base: B
     assert told.timestep_spacing == ours.timestep_spacing
 
 
-def test_the_paper_has_25_prompts_of_each_kind() -> None:
-    assert len(OBJECT) == len(LIVE) == len(set(OBJECT)) == len(set(LIVE)) == 25
-    assert all(template.count("{}") == 1 for template in (*OBJECT, *LIVE))
-    assert choose_prompts("owl", LIVE).subject == LIVE
-    assert choose_prompts("owl").class_prompt == "a photo of an owl"
-    assert choose_prompts("unicorn").class_prompt == "a photo of a unicorn"
-
-
-def test_toybox_is_asked_for_what_it_can_draw() -> None:
-    prompts = default_prompts("toybox", "mug")
-    assert "a photo of {} on the beach" in prompts.subject
-    assert not any("mug" in text for text in prompts.unrelated)
-    assert default_prompts("sd1", "mug", "live").subject == LIVE
-
-
-def test_a_file_of_prompts(tmp_path: Path) -> None:
-    file = tmp_path / "prompts.txt"
-    file.write_text("# mine\n\na {} in a boat\n{subject} asleep\n")
-    assert read_prompts(file) == ("a {} in a boat", "{} asleep")
-    file.write_text("a {} in a boat\na dog\n")
-    with pytest.raises(DataError, match=r"line 2: a prompt must hold \{\} once"):
-        read_prompts(file)
-    file.write_text("a {}} x")
-    with pytest.raises(DataError, match="line 1"):
-        read_prompts(file)
-    file.write_bytes(b"\xef\xbb\xbf# a note\na {} in a boat\n")
-    assert read_prompts(file) == ("a {} in a boat",)
-    file.write_text("\n")
-    with pytest.raises(DataError, match="1 to 500 prompts"):
-        read_prompts(file)
-    with pytest.raises(DataError, match="cannot be read"):
-        read_prompts(tmp_path / "none.txt")
-
-
 def run(*words: str) -> Any:
     return CliRunner().invoke(main, ["evaluate", "--class-noun", "dog", *words])
 
@@ -420,11 +386,6 @@ def test_the_same_photograph_twice_is_told(base: Base, photographs: Path, files:
     shown = load_photographs(photographs, 32)
     with pytest.warns(UserWarning, match="two of the photographs are the same picture"):
         evaluation._warn_of_twins([*shown, shown[0]])
-
-
-def test_unrelated_prompts_do_not_name_the_class() -> None:
-    assert any("sports car" in prompt for prompt in default_prompts("sd1", "dog").unrelated)
-    assert not any("car" in prompt.split() for prompt in default_prompts("sd1", "Car").unrelated)
 
 
 def test_one_photograph_is_not_enough(tmp_path: Path) -> None:
