@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ import click
 import torch
 
 from benchmarks import report
-from benchmarks.quality_figures import best_rates, fresh, summary
+from benchmarks.quality_figures import best_rates, fresh, main_precision, summary
 from benchmarks.quality_plan import (
     METHODS,
+    PRECISIONS,
     QUICK,
     SEEDS,
     SETTINGS,
@@ -36,6 +37,7 @@ from benchmarks.quality_plan import (
 from benchmarks.quality_plot import pareto
 from benchmarks.quality_table import ENOUGH
 from benchmarks.toybox_runs import Bench, append, read_runs, sheet, train
+from dbadapter.base import pick_device, pick_precision
 
 RUNS = Path("benchmarks/results/quality.jsonl")
 
@@ -43,9 +45,11 @@ RUNS = Path("benchmarks/results/quality.jsonl")
 def run(bench: Bench, work: Work, *, quick: bool) -> dict[str, Any]:
     """Train and score; return the line of the run."""
     folder, evaluator, before = bench.subject(work.subject)
-    output = bench.work / work.subject.name / f"{work.method}-{work.seed}-{work.rate:g}"
+    precision = PRECISIONS[work.precision]
+    output = bench.work / work.subject.name / f"{work.method}-{work.seed}-{work.rate:g}-{precision}"
     rates = ("--learning-rate", str(work.rate), "--text-encoder-learning-rate", str(work.rate))
-    options = ["--seed", str(work.seed), *rates, "--checkpointing-steps", "0", *METHODS[work.method].options]
+    options = ["--seed", str(work.seed), *rates, "--mixed-precision", work.precision]
+    options += ["--checkpointing-steps", "0", *METHODS[work.method].options]
     options += ["--max-train-steps", "2", "--num-class-images", "2"] if quick else []
     cost = train(folder, output, work.subject.noun, options)
     made = output / ("model" if METHODS[work.method].full else "subject.safetensors")
@@ -59,6 +63,7 @@ def run(bench: Bench, work: Work, *, quick: bool) -> dict[str, Any]:
         "subject": work.subject.name,
         "seed": work.seed,
         "rate": work.rate,
+        "precision": precision,
         "quick": quick,
         "recipe": recipe(work.method, quick=quick),
         "guidance_scale": evaluator.settings.guidance_scale,
@@ -67,6 +72,13 @@ def run(bench: Bench, work: Work, *, quick: bool) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "machine": report.machine(),
     }
+
+
+def _done(work: Work, path: Path) -> bool:
+    """Return whether a run is there already; of the search in any precision, as any counts."""
+    keys = {run["key"] for run in fresh(read_runs(path))}
+    wanted = PRECISIONS if work.stage == "search" else (work.precision,)
+    return any(replace(work, precision=precision).key in keys for precision in wanted)
 
 
 def _wait_for_search(runs: Path, methods: Sequence[str], start: float, seconds: float | None) -> None:
@@ -91,6 +103,13 @@ def _wait_for_search(runs: Path, methods: Sequence[str], start: float, seconds: 
               help="Only this one.  [default: the search, then the comparison]")  # fmt: skip
 @click.option("--methods", help=f"Only these, with commas between, of {', '.join(METHODS)}.")
 @click.option("--seeds", help=f"Only these, with commas between, of {', '.join(map(str, SEEDS))}.")
+@click.option(
+    "--mixed-precision",
+    type=click.Choice(("auto", "no", "bf16")),
+    default="auto",
+    show_default=True,
+    help="Of training, as `train` takes it; runs of one precision are not mixed with others.",
+)
 @click.option("--part", default="1/1", show_default=True, help="Which share of the runs, for two processes.")
 @click.option("--seconds", type=float, help="Start no run after so long.")
 @click.option(
@@ -104,6 +123,7 @@ def main(
     stage: str | None,
     methods: str | None,
     seeds: str | None,
+    mixed_precision: str,
     part: str,
     seconds: float | None,
     quick: bool,
@@ -120,6 +140,13 @@ def main(
     chosen = seeds.split(",") if seeds else [str(seed) for seed in SEEDS]
     if unknown := [seed for seed in chosen if seed not in map(str, SEEDS)]:
         raise click.UsageError(f"unknown seeds {', '.join(unknown)}; known: {', '.join(map(str, SEEDS))}")
+    precision = pick_precision(pick_device(), mixed_precision)
+    label = PRECISIONS[precision]
+    if stage != "summary" and label != (of_most := main_precision(fresh(read_runs(runs_path))) or label):
+        click.echo(
+            f"{runs_path} holds runs in {of_most}; those in {label} are made beside them and told apart",
+            err=True,
+        )
     start = time.perf_counter()
     made: Bench | None = None
     for name in ("search", "compare") if stage is None else (stage,):
@@ -127,14 +154,13 @@ def main(
             break
         if name == "compare" and stage is None and process[1] > 1:
             _wait_for_search(runs_path, wanted, start, seconds)
-        work_list = list(works(name, best_rates(fresh(read_runs(runs_path))), wanted))
+        work_list = list(works(name, best_rates(fresh(read_runs(runs_path))), precision, wanted))
         if quick:
             work_list = [w for w in work_list if w.seed == 0]
             work_list = [w for w in work_list if w.stage == "search" or w.subject == SUBJECTS[0]]
         mine = share(list(dict.fromkeys(work.subject for work in work_list)), process)
         for work in work_list:
-            done = {each["key"] for each in fresh(read_runs(runs_path))}
-            if work.subject not in mine or str(work.seed) not in chosen or work.key in done:
+            if work.subject not in mine or str(work.seed) not in chosen or _done(work, runs_path):
                 continue
             if seconds is not None and time.perf_counter() - start > seconds:
                 break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SETTINGS, SUBJECTS, recipe
+from benchmarks.quality_plan import LENT, METHODS, SEARCH_SUBJECTS, SEARCHED, SETTINGS, SUBJECTS, recipe
 from dbadapter import metrics
 
-__all__ = ["best_rates", "forgotten", "fresh", "search", "summary"]
+__all__ = ["best_rates", "forgotten", "fresh", "main_precision", "search", "summary"]
 
 #: Between 0 and 1 by their definition: so are the ends of their intervals.
 SHARES = frozenset(
@@ -68,7 +69,10 @@ def fresh(runs: Sequence[Run]) -> list[Run]:
 
 
 def search(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return searched method -> rate -> mean score, likeness and what was forgotten, over its subjects."""
+    """Return method -> rate -> mean score, likeness and what was forgotten, over its subjects.
+
+    Runs of every precision count: next to the rate it moves nothing (`other_precisions` in the summary).
+    """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for method, rates in SEARCHED.items():
         for rate in rates:
@@ -85,12 +89,28 @@ def search(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def best_rates(runs: Sequence[Run]) -> dict[str, float]:
-    """Return searched method -> the rate with the best mean score, for those whose search is complete."""
+    """Return method -> the rate with the best mean score, for those whose search is complete."""
     return {
         method: float(max(rates, key=lambda rate: rates[rate]["score"]))
         for method, rates in search(runs).items()
         if len(rates) == len(SEARCHED[method])
     }
+
+
+def _rates(runs: Sequence[Run]) -> dict[str, float]:
+    """Return method -> the rate that counts for its runs: its own best, or the one it was lent."""
+    best = best_rates(runs)
+    return best | {name: best[other] for name, other in LENT.items() if name not in best and other in best}
+
+
+def main_precision(runs: Sequence[Run]) -> str | None:
+    """Return the precision of most runs, that which the comparison is of."""
+    counts = Counter(run["precision"] for run in runs)
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def _in(precision: str | None, runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if run["precision"] == precision]
 
 
 def forgotten(run: Run) -> float:
@@ -114,13 +134,13 @@ def table(runs: Sequence[Run], method: str, figure: str) -> Tensor:
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
     """Return the search, means with intervals over subjects, and differences from both main methods."""
     methods: dict[str, Any] = {}
-    runs = fresh(runs)
-    best, searched = best_rates(runs), search(runs)
+    everything = fresh(runs)
+    best, rates = best_rates(everything), _rates(everything)
+    precision = main_precision(everything)
     # A search that went on may have found another rate: runs at the one before it are told apart.
-    compared = [run for run in runs if run["stage"] == "compare"]
-    rates = {name: best.get(method.rate_of) for name, method in METHODS.items()}
-    runs = [run for run in compared if run["rate"] == rates[run["method"]]]
-    others = [run for run in compared if run["rate"] != rates[run["method"]]]
+    compared = [run for run in _in(precision, everything) if run["stage"] == "compare"]
+    runs = [run for run in compared if run["rate"] == rates.get(run["method"])]
+    others = [run for run in compared if run["rate"] != rates.get(run["method"])]
     for name, method in METHODS.items():
         first = table(runs, name, "score")
         if not first.numel():
@@ -130,6 +150,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
             "about": method.about,
             "options": list(method.options),
             "learning_rate": rates[name],
+            "rate_searched": name in best,
             "subjects": first.shape[0],
             "seeds": first.shape[1],
             **figures,
@@ -146,13 +167,18 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "compared": sum(about["subjects"] * about["seeds"] for about in methods.values()),
         "before": before | {"ceiling": _mean([run["ceiling"] for run in first_of])},
-        "search": searched,
+        "search": search(everything),
         # Another rate beyond it may do better still.
         "best_at_the_edge": [
             name for name, rate in best.items() if rate in (min(SEARCHED[name]), max(SEARCHED[name]))
         ],
         "methods": methods,
         "other_rates": _other_rates(others),
+        "precision": precision,
+        "other_precisions": {
+            other: _in_other_precision(_in(other, everything), runs, rates)
+            for other in sorted({run["precision"] for run in everything} - {precision})
+        },
         "targets": _targets(runs, others),
     }
 
@@ -167,6 +193,36 @@ def _other_rates(runs: Sequence[Run]) -> list[dict[str, Any]]:
             figures = {figure: _mean_of(table(at_rate, name, figure), figure) for figure in FIGURES}
             told = {"learning_rate": rate, "subjects": subjects, "seeds": seeds}
             found.append({"method": name, **told, **figures})
+    return found
+
+
+def _in_other_precision(
+    runs: Sequence[Run], main: Sequence[Run], rates: Mapping[str, float]
+) -> dict[str, Any]:
+    """Return what methods reached in a precision, and how that differs from the main one and from adapters.
+
+    Args:
+        runs: all in that precision.
+        main: in the main precision, at every method's own rate.
+        rates: method -> that rate.
+    """
+    found: dict[str, Any] = {}
+    runs = [run for run in runs if run["stage"] == "compare" and run["rate"] == rates.get(run["method"])]
+    for name in METHODS:
+        first = table(runs, name, "score")
+        if not first.numel():
+            continue
+        found[name] = {
+            "learning_rate": rates[name],
+            "subjects": first.shape[0],
+            "seeds": first.shape[1],
+            **{figure: _mean_of(table(runs, name, figure), figure) for figure in FIGURES},
+        }
+        if name != DEFAULT and (pairs := _pairs(runs, name, DEFAULT)):
+            found[name][f"minus_{DEFAULT}"] = pairs
+        same = [{**run, "method": "the same"} for run in main if run["method"] == name]
+        if pairs := _pairs([*runs, *same], name, "the same"):
+            found[name]["minus_main_precision"] = pairs
     return found
 
 

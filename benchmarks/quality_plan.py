@@ -10,12 +10,15 @@ from itertools import product
 
 import click
 
+from dbadapter.base import Precision
 from dbadapter.evaluation import Settings
 from dbadapter.presets import PRESETS
 from dbadapter.toybox.subjects import TEST_CONTEXTS, Subject
 
 __all__ = [
+    "LENT",
     "METHODS",
+    "PRECISIONS",
     "QUICK",
     "SEARCHED",
     "SEARCH_SUBJECTS",
@@ -37,12 +40,10 @@ class Method:
 
     Attributes:
         options: of `dbadapter train`, beside the defaults.
-        rate_of: the searched method whose best rate it takes.
         about: for the table.
     """
 
     about: str
-    rate_of: str
     options: tuple[str, ...] = ()
     main: bool = False
     full: bool = field(init=False)
@@ -51,35 +52,31 @@ class Method:
         object.__setattr__(self, "full", "--full" in self.options)
 
 
-def _rank(rank: int, rate_of: str) -> Method:
-    return Method(f"adapter, rank {rank}", rate_of, ("--rank", str(rank)))
+def _rank(rank: int) -> Method:
+    return Method(f"adapter, rank {rank}", ("--rank", str(rank)))
 
 
 #: One factor at a time around the defaults; the `main` ones get all their seeds first.
 METHODS: Mapping[str, Method] = {
-    "adapter": Method("the defaults: rank 8, distilled prior", "adapter", main=True),
-    "full": Method("full fine-tuning, UNet and text encoder", "full", ("--full",), main=True),
-    "adapter-no-prior": Method("adapter without a prior", "adapter-no-prior", ("--prior", "none"), main=True),
-    "full-no-prior": Method(
-        "full, without a prior", "full-no-prior", ("--full", "--prior", "none"), main=True
-    ),
-    "rank-1": _rank(1, "rank-1"),
-    "rank-4": _rank(4, "adapter"),
-    "full-unet": Method("full, UNet alone", "full-unet", ("--full", "--no-train-text-encoder")),
-    "no-text-encoder": Method("adapter, UNet alone", "no-text-encoder", ("--no-train-text-encoder",)),
-    "adapter-generated": Method("adapter, generated prior", "adapter-generated", ("--prior", "generated")),
+    "adapter": Method("the defaults: rank 8, distilled prior", main=True),
+    "full": Method("full fine-tuning, UNet and text encoder", ("--full",), main=True),
+    "adapter-no-prior": Method("adapter without a prior", ("--prior", "none"), main=True),
+    "full-no-prior": Method("full, without a prior", ("--full", "--prior", "none"), main=True),
+    "rank-1": _rank(1),
+    "rank-4": _rank(4),
+    "full-unet": Method("full, UNet alone", ("--full", "--no-train-text-encoder")),
+    "no-text-encoder": Method("adapter, UNet alone", ("--no-train-text-encoder",)),
+    "adapter-generated": Method("adapter, generated prior", ("--prior", "generated")),
     "adapter-distill-instance": Method(
-        "adapter, distilled on the photographs' latents", "adapter", ("--prior-source", "instance")
+        "adapter, distilled on the photographs' latents", ("--prior-source", "instance")
     ),
-    "rank-16": _rank(16, "adapter"),
-    "rank-2": _rank(2, "rank-1"),
-    "attention": Method("adapter, attention only", "adapter", ("--targets", "attention")),
-    "all-targets": Method(
-        "adapter, every layer", "adapter", ("--targets", "attention,feed-forward,proj,conv")
-    ),
-    "full-generated": Method("full, generated prior", "full-generated", ("--full", "--prior", "generated")),
+    "rank-16": _rank(16),
+    "rank-2": _rank(2),
+    "attention": Method("adapter, attention only", ("--targets", "attention")),
+    "all-targets": Method("adapter, every layer", ("--targets", "attention,feed-forward,proj,conv")),
+    "full-generated": Method("full, generated prior", ("--full", "--prior", "generated")),
     "full-distill-instance": Method(
-        "full, distilled on the photographs' latents", "full", ("--full", "--prior-source", "instance")
+        "full, distilled on the photographs' latents", ("--full", "--prior-source", "instance")
     ),
 }
 #: Held out of everything before: no default was chosen on them. Numbers are the first of the hundred.
@@ -96,17 +93,36 @@ SEARCHED: Mapping[str, tuple[float, ...]] = {
     "full": (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4),
     "adapter-no-prior": (1.5e-5, 3e-5, 6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3),
     "full-no-prior": (1.5e-6, 3e-6, 6e-6, 1.25e-5, 2.5e-5, 5e-5, 1e-4, 2e-4),
-    "adapter-generated": (5e-4, 1e-3, 2e-3, 4e-3),
-    "full-generated": (5e-5, 1e-4, 2e-4, 4e-4),
     "rank-1": (2e-3, 4e-3, 8e-3),
+    "rank-4": (1e-3, 2e-3, 4e-3),
     "full-unet": (2.5e-5, 5e-5, 1e-4, 2e-4, 4e-4),
     "no-text-encoder": (1e-3, 2e-3, 4e-3),
+    "adapter-generated": (5e-4, 1e-3, 2e-3, 4e-3),
+    "adapter-distill-instance": (1e-3, 2e-3, 4e-3),
+    "rank-16": (1e-3, 2e-3, 4e-3),
+    "rank-2": (2e-3, 4e-3, 8e-3),
+    "attention": (1e-3, 2e-3, 4e-3),
+    "all-targets": (1e-3, 2e-3, 4e-3),
+    "full-generated": (5e-5, 1e-4, 2e-4, 4e-4),
+    "full-distill-instance": (5e-5, 1e-4, 2e-4, 4e-4),
+}
+#: Whose best rate a method's runs take as long as its own is not searched.
+LENT: Mapping[str, str] = {
+    "rank-4": "adapter",
+    "adapter-distill-instance": "adapter",
+    "rank-16": "adapter",
+    "rank-2": "rank-1",
+    "attention": "adapter",
+    "all-targets": "adapter",
+    "full-distill-instance": "full",
 }
 
 
 #: How a run is scored: 18 pictures of the subject (six places), 18 of the class, 18 of other things.
 SETTINGS = Settings(num_images_per_prompt=3, num_class_images=18, num_inference_steps=20, batch_size=9)
 QUICK = Settings(num_images_per_prompt=1, num_class_images=2, num_inference_steps=2, batch_size=9)
+#: What `--mixed-precision` takes -> its name in a run. "auto" depends on the machine, so it is no run's.
+PRECISIONS: Mapping[Precision, str] = {"no": "fp32", "bf16": "bf16", "fp16": "fp16"}
 #: What a search sets itself; the rest of the preset is part of a run's recipe.
 _RATES = (
     "learning_rate",
@@ -135,6 +151,7 @@ class Work:
     Attributes:
         stage: "search" or "compare".
         rate: of the UNet and of the text encoder.
+        precision: that training runs in, as `--mixed-precision` takes it.
     """
 
     stage: str
@@ -142,11 +159,13 @@ class Work:
     subject: Subject
     seed: int
     rate: float
+    precision: Precision
 
     @property
     def key(self) -> str:
         """What tells it apart in the file of runs."""
-        return f"{self.stage}/{self.method}/{self.subject.name}/seed-{self.seed}/rate-{self.rate:g}"
+        of_subject = f"{self.stage}/{self.method}/{self.subject.name}"
+        return f"{of_subject}/seed-{self.seed}/rate-{self.rate:g}/{PRECISIONS[self.precision]}"
 
 
 def part_of(text: str) -> tuple[int, int]:
@@ -167,13 +186,16 @@ def share(subjects: Sequence[Subject], part: tuple[int, int]) -> list[Subject]:
     return list(subjects[number - 1 :: parts])
 
 
-def works(stage: str, rates: Mapping[str, float], methods: Collection[str] = METHODS) -> Iterator[Work]:
+def works(
+    stage: str, rates: Mapping[str, float], precision: Precision, methods: Collection[str] = METHODS
+) -> Iterator[Work]:
     """Yield the runs of a stage in the order of their worth.
 
     Args:
         stage: "search", or "compare": the main methods with the first seed, the others with it, then the main
             ones' other seeds, then the rest; one subject after the other, so that methods stay comparable.
-        rates: searched method -> its best rate; for "compare".
+        rates: method -> its best rate; for "compare".
+        precision: of all of them.
         methods: only these.
     Raises:
         ClickException: a method's rate was not searched yet.
@@ -183,7 +205,7 @@ def works(stage: str, rates: Mapping[str, float], methods: Collection[str] = MET
             if name not in methods:
                 continue
             for rate in tried:
-                yield from (Work(stage, name, subject, 0, rate) for subject in SEARCH_SUBJECTS)
+                yield from (Work(stage, name, subject, 0, rate, precision) for subject in SEARCH_SUBJECTS)
         return
     first, others = SEEDS[0], SEEDS[1:]
     main = [name for name, method in METHODS.items() if method.main]
@@ -191,10 +213,9 @@ def works(stage: str, rates: Mapping[str, float], methods: Collection[str] = MET
     for names, seeds in ((main, (first,)), (rest, (first,)), (main, others), (rest, others)):
         for seed in seeds:
             for subject, name in product(SUBJECTS, (name for name in names if name in methods)):
-                rate = rates.get(METHODS[name].rate_of)
-                if rate is None:
+                if name not in rates:
                     raise click.ClickException(
-                        f"the search of {METHODS[name].rate_of}'s rate is not complete: run --stage search "
-                        f"--methods {METHODS[name].rate_of} first, or wait for the other --part"
+                        f"the search of {name}'s rate is not complete: run --stage search "
+                        f"--methods {name} first, or wait for the other --part"
                     )
-                yield Work(stage, name, subject, seed, rate)
+                yield Work(stage, name, subject, seed, rates[name], precision)

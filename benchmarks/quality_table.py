@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.findings import RESULTS
 
-__all__ = ["chosen", "compared", "means", "others", "searched"]
+__all__ = ["chosen", "compared", "means", "others", "precisions", "searched"]
 
 ENOUGH = 3  # subjects: of fewer nothing is known, and no row is shown
 SELECT = RESULTS / "select.json"
@@ -52,7 +52,10 @@ def _means_row(about: Mapping[str, Any]) -> list[str]:
     shown = [_value(about[figure]["value"]) for figure in MEANS]
     cost = [f"{about[figure]['value']:.0f}" for figure in ("cpu_seconds", "peak_memory_mb")]
     runs = f"{about['subjects']} x {about['seeds']}"
-    return [f"{about['learning_rate']:g}", runs, *shown, *cost, _size(about["bytes"]["value"])]
+    # In brackets: that of the method it is named after, as long as its own is not searched.
+    rate = f"{about['learning_rate']:g}"
+    rate = rate if about.get("rate_searched", True) else f"({rate})"
+    return [rate, runs, *shown, *cost, _size(about["bytes"]["value"])]
 
 
 def compared(against: str = "adapter", path: Path = FILE) -> str:
@@ -71,6 +74,22 @@ def compared(against: str = "adapter", path: Path = FILE) -> str:
             cells = [_difference(pairs[figure]) for figure in DIFFERENCES if figure in pairs]
             rows.append([f"`{name}`", str(next(iter(pairs.values()))["count"]), *cells])
     return _table([f"minus `{against}`", "subjects", *(MEANS[name] for name in DIFFERENCES)], rows)
+
+
+def precisions(path: Path = FILE) -> str:
+    """Return what another precision of training changes, over subjects and seeds of both, as a table."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    main, rows = found["precision"], []
+    for precision, methods in found["other_precisions"].items():
+        for name, about in methods.items():
+            for key, label in (
+                ("minus_main_precision", f"`{name}`: {precision} - {main}"),
+                ("minus_adapter", f"{precision}: `{name}` - `adapter`"),
+            ):
+                if about["subjects"] >= ENOUGH and (pairs := about.get(key)):
+                    cells = [_difference(pairs[figure]) for figure in DIFFERENCES]
+                    rows.append([label, f"{about['subjects']} x {about['seeds']}", *cells])
+    return _table(["", "runs", *(MEANS[name] for name in DIFFERENCES)], rows)
 
 
 def searched(path: Path = FILE) -> str:

@@ -21,10 +21,11 @@ import click
 import torch
 
 from benchmarks import report
-from benchmarks.quality_plan import QUICK, SETTINGS, SUBJECTS, part_of, share
+from benchmarks.quality_plan import PRECISIONS, QUICK, SETTINGS, SUBJECTS, part_of, share
 from benchmarks.toybox_runs import FIGURES, Bench, append, read_runs, sheet, train
 from dbadapter import metrics
 from dbadapter.adapter_file import read_adapter
+from dbadapter.base import pick_device, pick_precision
 from dbadapter.toybox.subjects import Subject
 
 RUNS = Path("benchmarks/results/select.jsonl")
@@ -52,7 +53,9 @@ def run(bench: Bench, kind: str, subject: Subject, *, quick: bool) -> dict[str, 
         shutil.rmtree(output)
     sheet(evaluator, before, drawn, bench.work / subject.name / f"{kind}.png")
     key = f"{kind}/{subject.name}"
-    return {"key": key, "kind": kind, "subject": subject.name, "quick": quick, **found}
+    precision = PRECISIONS[pick_precision(pick_device())]
+    about = {"key": key, "kind": kind, "subject": subject.name, "precision": precision, "quick": quick}
+    return {**about, **found}
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -68,6 +71,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
         found[kind] = {
             "subjects": len(rows),
+            "precisions": sorted({row["precision"] for row in rows}),
             **{
                 select: {
                     name: round(float(of(select, name).mean()), 4)

@@ -16,15 +16,37 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import quality, quality_table, select
-from benchmarks.quality_figures import FIGURES, best_rates, search, summary, table
-from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SEEDS, SUBJECTS, recipe, share, works
+from benchmarks.quality_figures import (
+    FIGURES,
+    best_rates,
+    main_precision,
+    search,
+    summary,
+    table,
+)
+from benchmarks.quality_plan import (
+    LENT,
+    METHODS,
+    PRECISIONS,
+    SEARCH_SUBJECTS,
+    SEARCHED,
+    SEEDS,
+    SUBJECTS,
+    Work,
+    recipe,
+    share,
+    works,
+)
 from benchmarks.quality_plot import SIZE, pareto
 from benchmarks.toybox_runs import append, read_runs
 from dbadapter import metrics
+from dbadapter.base import pick_device, pick_precision
 from dbadapter.config import TrainConfig
 from dbadapter.presets import PRESETS
 from dbadapter.toybox.subjects import SUBJECTS as TUNED_ON
 
+PRECISION = PRECISIONS[pick_precision(pick_device())]  # of this machine: the quick runs find their search
+OTHER = next(name for name in PRECISIONS.values() if name != PRECISION)
 RATES = {name: rates[0] for name, rates in SEARCHED.items()}
 
 
@@ -32,14 +54,16 @@ def line(
     method: str, subject: str, seed: int, value: float, stage: str = "compare", **more: Any
 ) -> dict[str, Any]:
     names = ("subject_fidelity", "prompt_fidelity", "noun_agreement")
-    rate = RATES[METHODS[method].rate_of]
+    rate = RATES[method]
     return {
-        "key": f"{stage}/{method}/{subject}/seed-{seed}/rate-{more.get('rate', rate):g}",
+        "key": f"{stage}/{method}/{subject}/seed-{seed}/rate-{more.get('rate', rate):g}"
+        f"/{more.get('precision', PRECISION)}",
         "stage": stage,
         "method": method,
         "subject": subject,
         "seed": seed,
         "rate": rate,
+        "precision": PRECISION,
         "quick": False,
         "recipe": recipe(method, quick=more.get("quick", False)),
         "ceiling": 0.9,
@@ -67,21 +91,21 @@ def test_the_subjects_are_held_out() -> None:
 
 
 def test_every_method_and_subject_comes_with_every_seed_the_main_ones_first() -> None:
-    found = list(works("compare", RATES))
+    found = list(works("compare", RATES, "bf16"))
     assert len({work.key for work in found}) == len(found) == len(METHODS) * len(SUBJECTS) * len(SEEDS)
     first = found[: 4 * len(SUBJECTS)]
     assert {work.method for work in first} == {name for name, method in METHODS.items() if method.main}
     assert {work.seed for work in first} == {0}
-    assert {work.method for work in works("compare", RATES, ["rank-1"])} == {"rank-1"}
+    assert {work.method for work in works("compare", RATES, "bf16", ["rank-1"])} == {"rank-1"}
     assert share(SUBJECTS, (1, 2)) == list(SUBJECTS[::2])
     assert share(SUBJECTS, (2, 2)) == list(SUBJECTS[1::2])
     with pytest.raises(click.ClickException, match="the search of adapter's rate is not complete"):
-        list(works("compare", {}))
+        list(works("compare", {}, "bf16"))
 
 
-def test_every_method_is_searched_or_says_whose_rate_it_takes() -> None:
-    assert {method.rate_of for method in METHODS.values()} == set(SEARCHED)
-    assert len(list(works("search", {}))) == sum(map(len, SEARCHED.values())) * len(SEARCH_SUBJECTS)
+def test_every_method_is_searched() -> None:
+    assert list(SEARCHED) == list(METHODS)
+    assert len(list(works("search", {}, "no"))) == sum(map(len, SEARCHED.values())) * len(SEARCH_SUBJECTS)
 
 
 def test_the_options_are_ones_that_train_takes() -> None:
@@ -109,6 +133,41 @@ def test_the_rate_with_the_best_mean_score_wins() -> None:
     runs += [line("adapter", "a", 0, 0.7, rate=1e-3), line("adapter", "a", 0, 0.8, rate=4e-3)]
     assert summary(runs)["methods"]["adapter"]["score"]["value"] == pytest.approx(0.8)
     assert summary(runs)["methods"]["adapter"]["learning_rate"] == 4e-3
+
+
+def test_a_rate_is_lent_until_the_method_has_its_own() -> None:
+    assert set(LENT) < set(METHODS)
+    assert not set(LENT) & set(LENT.values())
+    whole = [run for run in searches() if run["method"] != "rank-16"]
+    runs = [*whole, line("rank-16", "a", 0, 0.5, rate=RATES["adapter"]), line("rank-16", "a", 0, 0.7, rate=1)]
+    found = summary(runs)["methods"]["rank-16"]
+    assert (found["learning_rate"], found["rate_searched"]) == (RATES["adapter"], False)
+    assert found["score"]["value"] == 0.5
+    assert summary([*runs, *searches()])["methods"]["rank-16"]["rate_searched"]
+
+
+def test_precisions_are_not_mixed(tmp_path: Path) -> None:
+    runs = [line(method, s, 0, 0.5) for method in ("adapter", "full") for s in "abc"]
+    runs += [line("adapter", s, 0, 0.7, precision=OTHER) for s in "abc"]
+    runs += [line("full", s, 0, 0.6, precision=OTHER) for s in "abc"]
+    runs += [line("full", s, 0, 0.6, precision=OTHER, rate=1) for s in "abc"]  # not at the rate of the search
+    whole = [*runs, *searches()]
+    assert len({run["key"] for run in whole}) == len(whole)
+    found = summary(whole)
+    assert found["precision"] == main_precision(whole) == PRECISION
+    assert found["methods"]["adapter"]["score"]["value"] == 0.5
+    assert found["other_rates"] == []
+    beside = found["other_precisions"][OTHER]
+    assert beside["adapter"]["score"]["value"] == 0.7
+    assert beside["adapter"]["minus_main_precision"]["score"]["value"] == 0.2
+    assert beside["full"]["minus_adapter"]["score"]["value"] == -0.1
+    (tmp_path / "q.json").write_text(json.dumps(found))
+    shown = quality_table.precisions(tmp_path / "q.json")
+    assert f"| `adapter`: {OTHER} - {PRECISION} | 3 x 1 | **+.200 [+.200, +.200]** |" in shown
+    assert f"| {OTHER}: `full` - `adapter` | 3 x 1 | **-.100 [-.100, -.100]** |" in shown
+    searched = [{**run, "precision": OTHER} for run in searches()]
+    assert best_rates(searched) == RATES  # the search may be in any
+    assert main_precision([]) is None
 
 
 def test_runs_of_another_recipe_count_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,13 +299,40 @@ def test_a_line_that_was_cut_is_run_again(tmp_path: Path) -> None:
     assert read_runs(tmp_path / "none.jsonl") == []
 
 
+def test_a_run_in_another_precision_is_another_but_for_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, made = tmp_path / "runs.jsonl", []
+    for each in (*searches(precision=OTHER), line("adapter", SUBJECTS[0].name, 0, 0.5, precision=OTHER)):
+        append(runs, each)
+
+    def run(bench: object, work: Work, *, quick: bool) -> dict[str, Any]:
+        made.append(work.key)
+        return line(work.method, work.subject.name, work.seed, 0.6, work.stage, seconds=1.0)
+
+    monkeypatch.setattr(quality, "Bench", lambda *_: None)
+    monkeypatch.setattr(quality, "run", run)
+    words = ["--methods", "adapter", "--seeds", "0", "--runs", str(runs)]
+    done = CliRunner().invoke(quality.main, words)
+    assert done.exit_code == 0, done.output
+    rate = f"{RATES['adapter']:g}"
+    assert made == [f"compare/adapter/{s.name}/seed-0/rate-{rate}/{PRECISION}" for s in SUBJECTS]
+    assert f"runs.jsonl holds runs in {OTHER}; those in {PRECISION} are made beside them" in done.output
+
+
 def test_best_against_last_by_hand(tmp_path: Path) -> None:
     def row(subject: str, best: float, last: float) -> dict[str, Any]:
         sides = {
             side: {**dict.fromkeys(select.COMPARED, value), "step": 3, "seconds": 1.0, "cpu_seconds": 1.0}
             for side, value in (("best", best), ("last", last))
         }
-        return {"key": subject, "kind": "overfitting", "subject": subject, **sides}
+        return {
+            "key": subject,
+            "kind": "overfitting",
+            "subject": subject,
+            "precision": PRECISION,
+            **sides,
+        }
 
     whole = select.summary([row("a", 0.8, 0.5), row("b", 0.6, 0.5)])
     found = whole["overfitting"]
