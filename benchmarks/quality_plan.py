@@ -99,7 +99,7 @@ SEARCHED: Mapping[str, tuple[float, ...]] = {
     "no-text-encoder": (1e-3, 2e-3, 4e-3),
     "adapter-generated": (5e-4, 1e-3, 2e-3, 4e-3),
     "adapter-distill-instance": (1e-3, 2e-3, 4e-3),
-    "rank-16": (1e-3, 2e-3, 4e-3),
+    "rank-16": (5e-4, 1e-3, 2e-3, 4e-3),
     "rank-2": (2e-3, 4e-3, 8e-3),
     "attention": (1e-3, 2e-3, 4e-3),
     "all-targets": (1e-3, 2e-3, 4e-3),
