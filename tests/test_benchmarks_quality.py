@@ -143,7 +143,8 @@ def test_a_rate_is_lent_until_the_method_has_its_own() -> None:
     found = summary(runs)["methods"]["rank-16"]
     assert (found["learning_rate"], found["rate_searched"]) == (RATES["adapter"], False)
     assert found["score"]["value"] == 0.5
-    assert summary([*runs, *searches()])["methods"]["rank-16"]["rate_searched"]
+    found = summary([*runs, line("rank-16", "a", 0, 0.9), *searches()])["methods"]["rank-16"]
+    assert (found["learning_rate"], found["rate_searched"]) == (RATES["rank-16"], True)
 
 
 def test_precisions_are_not_mixed(tmp_path: Path) -> None:
