@@ -64,8 +64,9 @@ FIGURES = (
 
 
 def fresh(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs that were made as their method's are made now."""
-    return [run for run in runs if run.get("recipe") == recipe(run["method"], quick=run["quick"])]
+    """Return the runs that were made as their method's are made now, and say in which precision."""
+    said = [run for run in runs if "precision" in run]
+    return [run for run in said if run.get("recipe") == recipe(run["method"], quick=run["quick"])]
 
 
 def search(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:

@@ -173,6 +173,7 @@ def test_precisions_are_not_mixed(tmp_path: Path) -> None:
 
 def test_runs_of_another_recipe_count_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [*searches(), line("adapter", "a", 0, 0.5), line("adapter", "b", 0, 0.9, recipe="older")]
+    runs.append({key: value for key, value in line("adapter", "c", 0, 0.9).items() if key != "precision"})
     assert summary(runs)["methods"]["adapter"]["subjects"] == 1
     assert recipe("full") != recipe("adapter") != recipe("adapter", quick=True)
     now = recipe("adapter")
