@@ -194,9 +194,7 @@ def job_for(name: str, work: Path, resolution: int | None, threads: int, *, quic
 @click.command()
 @click.option("--base", "base_names", multiple=True, type=click.Choice(BASES), help="[default: toybox]")
 @click.option("--tables", default=",".join(TABLES), show_default=True, help="Which jobs to measure.")
-@click.option(
-    "--resolution", type=click.IntRange(32), help="[default: sd15 256, on a GPU 512; sdxl 512, 1024]"
-)
+@click.option("--resolution", type=click.IntRange(32), help="[default: sd15 256, on a GPU 512; sdxl 1024]")
 @click.option("--steps", default=10, show_default=True, type=click.IntRange(1), help="That count, in a run.")
 @click.option("--warmup", default=2, show_default=True, type=click.IntRange(1), help="Steps before them.")
 @click.option("--rounds", default=2, show_default=True, type=click.IntRange(1), help="Runs of each side.")

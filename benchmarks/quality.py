@@ -154,6 +154,8 @@ def main(
             break
         if name == "compare" and stage is None and process[1] > 1:
             _wait_for_search(runs_path, wanted, start, seconds)
+        if seconds is not None and time.perf_counter() - start > seconds:
+            break
         work_list = list(works(name, best_rates(fresh(read_runs(runs_path))), precision, wanted))
         if quick:
             work_list = [w for w in work_list if w.seed == 0]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality_plan import LENT, METHODS, SEARCH_SUBJECTS, SEARCHED, SETTINGS, SUBJECTS, recipe
+from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SETTINGS, SUBJECTS, recipe
 from dbadapter import metrics
 
 __all__ = ["best_rates", "forgotten", "fresh", "main_precision", "search", "summary"]
@@ -37,6 +37,9 @@ OF_PICTURES = frozenset(
     {"prompt_fidelity", "context_agreement", "noun_agreement", "class_fidelity", "unrelated_fidelity"}
 )
 PICTURES = SETTINGS.num_class_images  # as many as of the subject, and of other things
+
+#: That a precision changes, and the processor.
+COSTS = frozenset({"cpu_seconds", "peak_memory_mb"})
 
 Run = Mapping[str, Any]
 DEFAULT, FULL = "adapter", "full"
@@ -98,20 +101,11 @@ def best_rates(runs: Sequence[Run]) -> dict[str, float]:
     }
 
 
-def _rates(runs: Sequence[Run]) -> dict[str, float]:
-    """Return method -> the rate that counts for its runs: its own best, or the one it was lent."""
-    best = best_rates(runs)
-    return best | {name: best[other] for name, other in LENT.items() if name not in best and other in best}
-
-
 def main_precision(runs: Sequence[Run]) -> str | None:
-    """Return the precision of most runs, that which the comparison is of."""
-    counts = Counter(run["precision"] for run in runs)
+    """Return the precision of most runs of the comparison, or of the search if there is none yet."""
+    compared = [run for run in runs if run["stage"] == "compare"]
+    counts = Counter(run["precision"] for run in compared or runs)
     return counts.most_common(1)[0][0] if counts else None
-
-
-def _in(precision: str | None, runs: Sequence[Run]) -> list[Run]:
-    return [run for run in runs if run["precision"] == precision]
 
 
 def forgotten(run: Run) -> float:
@@ -133,34 +127,31 @@ def table(runs: Sequence[Run], method: str, figure: str) -> Tensor:
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return the search, means with intervals over subjects, and differences from both main methods."""
+    """Return the search, means with intervals over subjects, and differences from both main methods.
+
+    A method's runs are of one precision: the main one where it was run in it, else the one it was run in,
+    which its `precision` says; its seconds and memory are then compared with no other's.
+    """
     methods: dict[str, Any] = {}
     everything = fresh(runs)
-    best, rates = best_rates(everything), _rates(everything)
-    precision = main_precision(everything)
+    best, precision = best_rates(everything), main_precision(everything)
+    compared = [run for run in everything if run["stage"] == "compare"]
     # A search that went on may have found another rate: runs at the one before it are told apart.
-    compared = [run for run in _in(precision, everything) if run["stage"] == "compare"]
-    runs = [run for run in compared if run["rate"] == rates.get(run["method"])]
-    others = [run for run in compared if run["rate"] != rates.get(run["method"])]
+    at_best = [run for run in compared if run["rate"] == best.get(run["method"])]
+    elsewhere = [run for run in compared if run["rate"] != best.get(run["method"])]
+    shown = {name: _precision_of(at_best, name, precision) for name in METHODS}
+    runs = [run for run in at_best if run["precision"] == shown[run["method"]]]
+    beside = [run for run in at_best if run["precision"] != shown[run["method"]]]
+    others = [run for run in elsewhere if run["precision"] == precision]
     for name, method in METHODS.items():
-        first = table(runs, name, "score")
-        if not first.numel():
+        if not (figures := _figures(runs, name)):
             continue
-        figures = {figure: _mean_of(table(runs, name, figure), figure) for figure in FIGURES}
-        methods[name] = {
-            "about": method.about,
-            "options": list(method.options),
-            "learning_rate": rates[name],
-            "rate_searched": name in best,
-            "subjects": first.shape[0],
-            "seeds": first.shape[1],
-            **figures,
-        }
+        methods[name] = {"about": method.about, "options": list(method.options), **figures}
         for other in (DEFAULT, FULL):
             if name != other and (pairs := _pairs(runs, name, other)):
                 methods[name][f"minus_{other}"] = pairs
     # Of the base each subject counts once, however many runs it has.
-    first_of = list({run["subject"]: run for run in runs}.values())
+    first_of = list({run["subject"]: run for run in runs if run["precision"] == precision}.values())
     before = {
         name: _mean([run["before"][name] for run in first_of])
         for name in (first_of[0]["before"] if first_of else ())
@@ -174,67 +165,92 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
             name for name, rate in best.items() if rate in (min(SEARCHED[name]), max(SEARCHED[name]))
         ],
         "methods": methods,
-        "other_rates": _other_rates(others),
+        "other_rates": _other_rates(others, runs),
         "precision": precision,
         "other_precisions": {
-            other: _in_other_precision(_in(other, everything), runs, rates)
+            other: _in_other_precision([run for run in beside if run["precision"] == other], runs)
             for other in sorted({run["precision"] for run in everything} - {precision})
         },
         "targets": _targets(runs, others),
     }
 
 
-def _other_rates(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """Return what methods reached at rates that their search did not choose, where runs were made there."""
+def _precision_of(runs: Sequence[Run], method: str, main: str | None) -> str | None:
+    """Return the main precision if a method was run in it, else that of most of its runs."""
+    runs = [run for run in runs if run["method"] == method]
+    return main if any(run["precision"] == main for run in runs) else main_precision(runs)
+
+
+def _figures(runs: Sequence[Run], method: str) -> dict[str, Any]:
+    """Return a method's means with intervals, of runs at one rate; nothing if there are none."""
+    first = table(runs, method, "score")
+    if not first.numel():
+        return {}
+    of_it = next(run for run in runs if run["method"] == method)
+    return {
+        "learning_rate": of_it["rate"],
+        "precision": of_it["precision"],
+        "subjects": first.shape[0],
+        "seeds": first.shape[1],
+        **{figure: _mean_of(table(runs, method, figure), figure) for figure in FIGURES},
+    }
+
+
+def _other_rates(others: Sequence[Run], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Return what methods reached at rates that their search did not choose, where runs were made there.
+
+    Args:
+        others: at such rates.
+        runs: of all methods at their own, for the differences.
+    """
     found = []
     for name in METHODS:
-        for rate in sorted({run["rate"] for run in runs if run["method"] == name}):
-            at_rate = [run for run in runs if run["rate"] == rate]
-            subjects, seeds = table(at_rate, name, "score").shape
-            figures = {figure: _mean_of(table(at_rate, name, figure), figure) for figure in FIGURES}
-            told = {"learning_rate": rate, "subjects": subjects, "seeds": seeds}
-            found.append({"method": name, **told, **figures})
+        for rate in sorted({run["rate"] for run in others if run["method"] == name}):
+            there = [run for run in others if (run["method"], run["rate"]) == (name, rate)]
+            about = {"method": name, **_figures(there, name)}
+            renamed = [{**run, "method": "there"} for run in there]
+            for other in (DEFAULT, FULL):
+                if pairs := _pairs([*renamed, *runs], "there", other):
+                    about[f"minus_{other}"] = pairs
+            found.append(about)
     return found
 
 
-def _in_other_precision(
-    runs: Sequence[Run], main: Sequence[Run], rates: Mapping[str, float]
-) -> dict[str, Any]:
+def _in_other_precision(runs: Sequence[Run], main: Sequence[Run]) -> dict[str, Any]:
     """Return what methods reached in a precision, and how that differs from the main one and from adapters.
 
     Args:
-        runs: all in that precision.
-        main: in the main precision, at every method's own rate.
-        rates: method -> that rate.
+        runs: all in that precision, at every method's own rate.
+        main: in the main precision, at the same rates.
     """
     found: dict[str, Any] = {}
-    runs = [run for run in runs if run["stage"] == "compare" and run["rate"] == rates.get(run["method"])]
     for name in METHODS:
-        first = table(runs, name, "score")
-        if not first.numel():
+        if not (figures := _figures(runs, name)):
             continue
-        found[name] = {
-            "learning_rate": rates[name],
-            "subjects": first.shape[0],
-            "seeds": first.shape[1],
-            **{figure: _mean_of(table(runs, name, figure), figure) for figure in FIGURES},
-        }
+        found[name] = figures
         if name != DEFAULT and (pairs := _pairs(runs, name, DEFAULT)):
             found[name][f"minus_{DEFAULT}"] = pairs
         same = [{**run, "method": "the same"} for run in main if run["method"] == name]
-        if pairs := _pairs([*runs, *same], name, "the same"):
+        if pairs := _pairs([*runs, *same], name, "the same", costs=True):
             found[name]["minus_main_precision"] = pairs
     return found
 
 
-def _pairs(runs: Sequence[Run], name: str, against: str) -> dict[str, Any]:
-    """Return the differences from another method, of subjects' means over the seeds that both have."""
+def _pairs(runs: Sequence[Run], name: str, against: str, *, costs: bool = False) -> dict[str, Any]:
+    """Return the differences from another method, of subjects' means over the seeds that both have.
+
+    Args:
+        costs: seconds and memory as well if the two are of different precisions.
+    """
     both = _done(runs, name) & _done(runs, against)
     shared = [run for run in runs if (run["subject"], run["seed"]) in both]
     if not both:
         return {}
     found = {}
+    costs = costs or len({run["precision"] for run in shared if run["method"] in (name, against)}) == 1
     for figure in FIGURES:
+        if figure in COSTS and not costs:
+            continue
         one, other = table(shared, name, figure), table(shared, against, figure)
         if one.shape == other.shape and one.numel():
             found[figure] = _rounded(metrics.difference(_of_subjects(one), _of_subjects(other), shares=False))

@@ -16,7 +16,6 @@ from dbadapter.presets import PRESETS
 from dbadapter.toybox.subjects import TEST_CONTEXTS, Subject
 
 __all__ = [
-    "LENT",
     "METHODS",
     "PRECISIONS",
     "QUICK",
@@ -100,24 +99,12 @@ SEARCHED: Mapping[str, tuple[float, ...]] = {
     "adapter-generated": (5e-4, 1e-3, 2e-3, 4e-3),
     "adapter-distill-instance": (1e-3, 2e-3, 4e-3),
     "rank-16": (5e-4, 1e-3, 2e-3, 4e-3),
-    "rank-2": (2e-3, 4e-3, 8e-3),
-    "attention": (1e-3, 2e-3, 4e-3),
+    "rank-2": (1e-3, 2e-3, 4e-3, 8e-3),
+    "attention": (5e-4, 1e-3, 2e-3, 4e-3),
     "all-targets": (1e-3, 2e-3, 4e-3),
     "full-generated": (5e-5, 1e-4, 2e-4, 4e-4),
     "full-distill-instance": (5e-5, 1e-4, 2e-4, 4e-4),
 }
-#: Whose best rate a method's runs take as long as its own is not searched.
-LENT: Mapping[str, str] = {
-    "rank-4": "adapter",
-    "adapter-distill-instance": "adapter",
-    "rank-16": "adapter",
-    "rank-2": "rank-1",
-    "attention": "adapter",
-    "all-targets": "adapter",
-    "full-distill-instance": "full",
-}
-
-
 #: How a run is scored: 18 pictures of the subject (six places), 18 of the class, 18 of other things.
 SETTINGS = Settings(num_images_per_prompt=3, num_class_images=18, num_inference_steps=20, batch_size=9)
 QUICK = Settings(num_images_per_prompt=1, num_class_images=2, num_inference_steps=2, batch_size=9)

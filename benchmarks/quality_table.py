@@ -37,25 +37,28 @@ def means(path: Path = FILE) -> str:
     rows = [["the base, untrained", "", "", *base, "", "", ""]]
     for name, about in found["methods"].items():
         if about["subjects"] >= ENOUGH:
-            rows.append([f"`{name}`: {about['about']}", *_means_row(about)])
+            rows.append([f"`{name}`: {about['about']}", *_means_row(about, found["precision"])])
     return _table(_HEAD, rows)
 
 
 def others(path: Path = FILE) -> str:
     """Return the means of runs at other rates than the search's best as a Markdown table."""
-    found = json.loads(path.read_text(encoding="utf-8"))["other_rates"]
-    rows = [[f"`{about['method']}`", *_means_row(about)] for about in found if about["subjects"] >= ENOUGH]
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        [f"`{about['method']}`", *_means_row(about, found["precision"])]
+        for about in found["other_rates"]
+        if about["subjects"] >= ENOUGH
+    ]
     return _table(_HEAD, rows)
 
 
-def _means_row(about: Mapping[str, Any]) -> list[str]:
+def _means_row(about: Mapping[str, Any], main: str) -> list[str]:
     shown = [_value(about[figure]["value"]) for figure in MEANS]
     cost = [f"{about[figure]['value']:.0f}" for figure in ("cpu_seconds", "peak_memory_mb")]
     runs = f"{about['subjects']} x {about['seeds']}"
-    # In brackets: that of the method it is named after, as long as its own is not searched.
-    rate = f"{about['learning_rate']:g}"
-    rate = rate if about.get("rate_searched", True) else f"({rate})"
-    return [rate, runs, *shown, *cost, _size(about["bytes"]["value"])]
+    if about["precision"] != main:  # other seconds and memory, on another processor
+        cost, runs = ["", ""], f"{runs}, {about['precision']}"
+    return [f"{about['learning_rate']:g}", runs, *shown, *cost, _size(about["bytes"]["value"])]
 
 
 def compared(against: str = "adapter", path: Path = FILE) -> str:

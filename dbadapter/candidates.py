@@ -109,6 +109,9 @@ def _check_model(folder: Path) -> None:
         return
     if (folder / "model" / "model_index.json").is_file():
         raise BaseError(f"{folder} is the folder of a run: pass {folder / 'model'}")
+    if files := sorted(folder.glob("*.safetensors")):
+        own = folder / f"{folder.resolve().name}.safetensors"
+        raise BaseError(f"{folder} holds no model: for its adapter pass {own if own in files else files[0]}")
     raise BaseError(f"{folder} holds no model: there is no model_index.json in it")
 
 

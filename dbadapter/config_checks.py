@@ -25,6 +25,7 @@ __all__ = [
     "TARGETS",
     "converted",
     "faults",
+    "noun_faults",
 ]
 
 AUTO = "auto"
@@ -108,12 +109,13 @@ def faults(config: TrainConfig) -> Iterator[str]:
 
 
 def _text_faults(config: TrainConfig) -> Iterator[str]:
-    yield from _noun_faults("class_noun", config.class_noun)
+    yield from noun_faults("class_noun", config.class_noun)
     yield from _classifier_faults(config)
-    if config.class_noun.lower() == "auto" != config.class_noun:
-        yield f"class_noun auto is written in small letters, got {config.class_noun!r}"
-    for name in ("identifier", "base"):
-        if not getattr(config, name).strip():
+    if config.class_noun.strip().lower() == AUTO != config.class_noun:
+        yield f"class_noun auto is written in small letters without spaces, got {config.class_noun!r}"
+    for name in ("identifier", "base", "image_encoder", "text_image_encoder"):
+        value = getattr(config, name)
+        if value is not None and not value.strip():
             yield f"{name} must not be empty: leave it out for the default"
     stem = config.name
     if stem is not None and (stem.strip() in ("", ".", "..") or re.search(r'[\x00-\x1f/\\:*?"<>|]', stem)):
@@ -127,7 +129,8 @@ def _text_faults(config: TrainConfig) -> Iterator[str]:
                 yield f"{field.name} must be valid Unicode, got {str(text)!r}: rename it"
 
 
-def _noun_faults(name: str, noun: str) -> Iterator[str]:
+def noun_faults(name: str, noun: str) -> Iterator[str]:
+    """Say what is wrong with a word that prompts are made of, under the name that it is given by."""
     if not noun.strip():
         yield f"{name} must say what the subject is, e.g. dog, got nothing"
     elif re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", noun):
@@ -150,7 +153,7 @@ def _classifier_faults(config: TrainConfig) -> Iterator[str]:
     if len(nouns) < 2 or len(set(nouns)) < len(nouns):
         yield f"class_nouns must be two or more different nouns, got {', '.join(nouns) or 'none'}"
     for noun in nouns:
-        yield from _noun_faults("each of class_nouns", noun)
+        yield from noun_faults("each of class_nouns", noun)
         if noun == AUTO:
             yield "each of class_nouns must be a noun, got 'auto'"
 

@@ -7,6 +7,7 @@ inside a package; its figures compare runs with each other, not with published o
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -39,6 +40,9 @@ __all__ = [
 DEFAULT_ENCODER = "efficientnet-lite2"
 TOYBOX_JUDGES = "toybox-judges"
 BATCH = 16
+_CURE = "pass a folder or hub id of a DINO, DINOv2 or CLIP"
+# What files may lack, as it embeds nothing: a pooling head beside the class token, the mask of pretraining.
+_UNUSED = re.compile(r"^(.*\.)?(pooler\..*|mask_token)$")
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,9 @@ def load_encoder(spec: str = DEFAULT_ENCODER, device: str = "cpu") -> Encoder:
         raise UsageError(f"there is no encoder {spec}: did you mean {near[0]}?")
     model, processor = _of_transformers(spec, device)
     if hasattr(model, "get_image_features"):
-        return Encoder(_name(spec, model), lambda pictures: _clip_pictures(model, processor, pictures))
+        return _tried(
+            spec, Encoder(_name(spec, model), lambda pictures: _clip_pictures(model, processor, pictures))
+        )
 
     def embed(pictures: Sequence[Image]) -> Tensor:
         values = processor(images=list(pictures), return_tensors="pt").to(device)
@@ -121,7 +127,7 @@ def load_encoder(spec: str = DEFAULT_ENCODER, device: str = "cpu") -> Encoder:
         hidden: Tensor = model(**values).last_hidden_state
         return hidden[:, 0]
 
-    return Encoder(_name(spec, model), embed)
+    return _tried(spec, Encoder(_name(spec, model), embed))
 
 
 def load_text_image_encoder(spec: str, device: str = "cpu") -> Encoder:
@@ -144,8 +150,9 @@ def load_text_image_encoder(spec: str, device: str = "cpu") -> Encoder:
         with torch.inference_mode():
             return _pooled(model.get_text_features(**values)).float().cpu().clone()
 
-    return Encoder(
-        _name(spec, model), lambda pictures: _clip_pictures(model, processor, pictures), embed_text
+    return _tried(
+        spec,
+        Encoder(_name(spec, model), lambda pictures: _clip_pictures(model, processor, pictures), embed_text),
     )
 
 
@@ -267,16 +274,43 @@ def _of_transformers(spec: str, device: str) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
     try:
-        model: Any = AutoModel.from_pretrained(spec, use_safetensors=True)
+        # Neither pickles nor code from the folder; the library would ask, in the middle of a command.
+        model: Any
+        model, info = AutoModel.from_pretrained(
+            spec, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
         kind = AutoProcessor if hasattr(model, "get_text_features") else AutoImageProcessor
-        processor = kind.from_pretrained(spec)
+        processor = kind.from_pretrained(spec, trust_remote_code=False)
     except Exception as error:  # third-party loaders raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
-            f"encoder {spec} cannot be loaded ({reason}): pass a folder or hub id of a DINO, DINOv2 or CLIP "
-            "with model.safetensors"
+            f"encoder {spec} cannot be loaded ({_reason(error)}): {_CURE} with model.safetensors"
         ) from error
+    # The library only logs what a file lacks, and gives those layers random weights.
+    if missing := sorted(key for key in info["missing_keys"] if not _UNUSED.search(key)):
+        raise UsageError(
+            f"encoder {spec}: its weights are incomplete: {len(missing)} are missing, first {missing[0]}; "
+            "download it again, whole and in transformers' layout"
+        )
     return model.to(device).eval().requires_grad_(False), processor
+
+
+def _tried(spec: str, encoder: Encoder) -> Encoder:
+    """Return the encoder if it makes one finite vector of a picture, and of a text if it takes them."""
+    from PIL.Image import new as new_picture
+
+    try:
+        found = [encoder.embed([new_picture("RGB", (64, 64), (128, 128, 128))])]
+        if encoder.embed_text is not None:
+            found.append(encoder.embed_text(["a photo"]))
+    except Exception as error:  # models of other kinds raise anything
+        raise UsageError(f"encoder {spec} embeds no pictures ({_reason(error)}): {_CURE}") from error
+    if any(vectors.ndim != 2 or not vectors.isfinite().all() for vectors in found):
+        raise UsageError(f"encoder {spec} makes no finite vector of a picture: {_CURE}")
+    return encoder
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _clip_pictures(model: Any, processor: Any, pictures: Sequence[Image]) -> Tensor:

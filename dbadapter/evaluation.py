@@ -17,10 +17,10 @@ from dbadapter import metrics
 from dbadapter.base import Base, check_prompt
 from dbadapter.candidates import Candidate, check_candidates, pipeline_of
 from dbadapter.encoders import Encoder, PromptJudge
-from dbadapter.errors import BaseError, DataError
+from dbadapter.errors import BaseError, DataError, UsageError
 from dbadapter.evaluation_prompts import Prompts
 from dbadapter.photographs import find_photographs, load_crop
-from dbadapter.sampling import Picture, default_guidance, generate_pictures
+from dbadapter.sampling import MOST_IMAGES, Picture, default_guidance, generate_pictures
 
 __all__ = [
     "Evaluator",
@@ -59,6 +59,11 @@ class Settings:
     seed: int = 1000
     batch_size: int = 8
     resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_images_per_prompt", "num_class_images"):
+            if not 1 <= getattr(self, name) <= MOST_IMAGES:
+                raise UsageError(f"{name} must be from 1 to {MOST_IMAGES}, got {getattr(self, name)}")
 
 
 def load_photographs(folder: str | Path, side: int) -> list[Image.Image]:

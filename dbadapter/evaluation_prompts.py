@@ -139,7 +139,7 @@ def read_prompts(file: Path) -> tuple[str, ...]:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read ({error}); give a text file, one prompt a line") from None
-    found = []
+    found: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         template = line.strip().replace("{subject}", "{}")
         if not template or template.startswith("#"):
@@ -149,7 +149,11 @@ def read_prompts(file: Path) -> tuple[str, ...]:
                 f"{file}, line {number}: a prompt must hold {{}} once, where the subject goes, "
                 f"got {line.strip()[:60]!r}"
             )
-        found.append(template)
+        if re.search(r"[\x00-\x1f\x7f]", template):
+            raise DataError(f"{file}, line {number}: a prompt must hold no control characters")
+        if template in found:  # it would count as another, and make every interval too narrow
+            raise DataError(f"{file}, line {number}: the prompt of line {found[template]} again: drop one")
+        found[template] = number
     if not 1 <= len(found) <= _MOST:
         raise DataError(f"{file} must hold 1 to {_MOST} prompts, one a line, got {len(found)}")
     return tuple(found)

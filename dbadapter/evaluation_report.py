@@ -30,7 +30,7 @@ from dbadapter.report_pictures import (
 )
 from dbadapter.report_style import STYLE
 
-__all__ = ["ReportPictures", "read_report", "report_page"]
+__all__ = ["ReportPictures", "finite", "read_report", "report_page"]
 
 # Nothing may be loaded and nothing runs, whatever slipped into the page.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -280,14 +280,14 @@ def _setting(key: str, value: Any) -> Html:
 
 def _json(report: Mapping[str, Any]) -> Html:
     """Return a report as JSON that can stand in a script element: no "<" that could end it."""
-    text = json.dumps(_finite(report), ensure_ascii=True)
+    text = json.dumps(finite(report), ensure_ascii=True)
     return Html(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return the same with null in the place of numbers that JSON has no word for."""
     if isinstance(value, Mapping):
-        return {key: _finite(of) for key, of in value.items()}
+        return {key: finite(of) for key, of in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(of) for of in value]
+        return [finite(of) for of in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

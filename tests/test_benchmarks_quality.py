@@ -25,7 +25,6 @@ from benchmarks.quality_figures import (
     table,
 )
 from benchmarks.quality_plan import (
-    LENT,
     METHODS,
     PRECISIONS,
     SEARCH_SUBJECTS,
@@ -133,18 +132,9 @@ def test_the_rate_with_the_best_mean_score_wins() -> None:
     runs += [line("adapter", "a", 0, 0.7, rate=1e-3), line("adapter", "a", 0, 0.8, rate=4e-3)]
     assert summary(runs)["methods"]["adapter"]["score"]["value"] == pytest.approx(0.8)
     assert summary(runs)["methods"]["adapter"]["learning_rate"] == 4e-3
-
-
-def test_a_rate_is_lent_until_the_method_has_its_own() -> None:
-    assert set(LENT) < set(METHODS)
-    assert not set(LENT) & set(LENT.values())
-    whole = [run for run in searches() if run["method"] != "rank-16"]
-    runs = [*whole, line("rank-16", "a", 0, 0.5, rate=RATES["adapter"]), line("rank-16", "a", 0, 0.7, rate=1)]
-    found = summary(runs)["methods"]["rank-16"]
-    assert (found["learning_rate"], found["rate_searched"]) == (RATES["adapter"], False)
-    assert found["score"]["value"] == 0.5
-    found = summary([*runs, line("rank-16", "a", 0, 0.9), *searches()])["methods"]["rank-16"]
-    assert (found["learning_rate"], found["rate_searched"]) == (RATES["rank-16"], True)
+    elsewhere = summary([*runs, *searches()[6:], line("full", "a", 0, 0.9, rate=3.0)])["other_rates"]
+    assert [(of["method"], of["learning_rate"]) for of in elsewhere] == [("adapter", 1e-3), ("full", 3.0)]
+    assert elsewhere[1]["minus_adapter"]["score"]["value"] == pytest.approx(0.1)  # at the adapter's own rate
 
 
 def test_precisions_are_not_mixed(tmp_path: Path) -> None:
@@ -152,6 +142,7 @@ def test_precisions_are_not_mixed(tmp_path: Path) -> None:
     runs += [line("adapter", s, 0, 0.7, precision=OTHER) for s in "abc"]
     runs += [line("full", s, 0, 0.6, precision=OTHER) for s in "abc"]
     runs += [line("full", s, 0, 0.6, precision=OTHER, rate=1) for s in "abc"]  # not at the rate of the search
+    runs += [line("rank-4", s, 0, 0.5) for s in "abcdefgh"]  # most are in the main one
     whole = [*runs, *searches()]
     assert len({run["key"] for run in whole}) == len(whole)
     found = summary(whole)
@@ -166,9 +157,31 @@ def test_precisions_are_not_mixed(tmp_path: Path) -> None:
     shown = quality_table.precisions(tmp_path / "q.json")
     assert f"| `adapter`: {OTHER} - {PRECISION} | 3 x 1 | **+.200 [+.200, +.200]** |" in shown
     assert f"| {OTHER}: `full` - `adapter` | 3 x 1 | **-.100 [-.100, -.100]** |" in shown
+    whole += [line("rank-1", s, 0, 0.8, precision=OTHER) for s in "abc"]  # in no other
+    found = summary(whole)
+    assert (found["precision"], found["methods"]["rank-1"]["precision"]) == (PRECISION, OTHER)
+    assert set(found["other_precisions"][OTHER]) == {"adapter", "full"}
+    pairs = found["methods"]["rank-1"]["minus_adapter"]
+    assert pairs["score"]["value"] == 0.3
+    assert not {"cpu_seconds", "peak_memory_mb"} & set(pairs)
+    assert {"cpu_seconds", "peak_memory_mb"} < set(found["methods"]["full"]["minus_adapter"])
+    (tmp_path / "q.json").write_text(json.dumps(found))
+    rows = {row.split(" | ")[0]: row for row in quality_table.means(tmp_path / "q.json").splitlines()}
+    assert f"| 3 x 1, {OTHER} |" in rows["| `rank-1`: adapter, rank 1"]
+    assert rows["| `rank-1`: adapter, rank 1"].endswith(" | .80 |  |  | 0 kB |")
+    assert "| 3 x 1 |" in rows["| `full`: full fine-tuning, UNet and text encoder"]
     searched = [{**run, "precision": OTHER} for run in searches()]
     assert best_rates(searched) == RATES  # the search may be in any
     assert main_precision([]) is None
+
+
+def test_time_that_is_over_leaves_a_summary(tmp_path: Path) -> None:
+    for run in (searches()[0], line("adapter", "a", 0, 0.5)):
+        append(tmp_path / "runs.jsonl", run)
+    words = ["--seconds", "0", "--runs", str(tmp_path / "runs.jsonl"), "--json", str(tmp_path / "q.json")]
+    done = CliRunner().invoke(quality.main, words)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "q.json").read_text())["compared"] == 0
 
 
 def test_runs_of_another_recipe_count_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from benchmarks import class_noun as benchmark
 from dbadapter import class_noun, toybox
 from dbadapter.class_noun import Classifier, Vote, classify, count, decided, load_classifier
+from dbadapter.cli.train import _listed
 from dbadapter.config import TrainConfig
 from dbadapter.errors import ConfigError, DataError, UsageError
 from dbadapter.photographs import find_photographs
@@ -212,6 +213,8 @@ def test_a_resumed_run_keeps_its_noun(tmp_path: Path, monkeypatch: pytest.Monkey
         ({"class_nouns": ("a", "a"), "class_noun_classifier": "x"}, "two or more different nouns"),
         ({"class_nouns": ("a", "{b}"), "class_noun_classifier": "x"}, "a word without braces"),
         ({"class_nouns": ("a", "auto"), "class_noun_classifier": "x"}, "must be a noun, got 'auto'"),
+        ({"class_noun": " auto"}, "class_noun auto is written in small letters without spaces"),
+        ({"image_encoder": "", "select": "best"}, "image_encoder must not be empty"),
         ({"class_noun_classifier": " "}, "class_noun_classifier must not be empty"),
         ({"class_noun_classifier": "x", "class_noun": "dog"}, "decide class_noun auto, got 'dog'"),
     ],
@@ -219,6 +222,13 @@ def test_a_resumed_run_keeps_its_noun(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_faults(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         example(**settings).validate()
+
+
+def test_a_file_of_nouns_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "nouns.txt").write_text("mug\nowl\n", encoding="utf-8-sig")
+    assert _listed(str(tmp_path / "nouns.txt")) == ("mug", "owl") == _listed("mug, owl")
+    with pytest.raises(UsageError, match=r"--class-nouns none.txt is neither a file nor a list"):
+        _listed("none.txt")
 
 
 def test_auto_passes_every_check_but_is_no_noun() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +12,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from safetensors.torch import load_file, save_file
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPProcessor,
     CLIPTokenizer,
+    ResNetConfig,
+    ResNetModel,
     ViTConfig,
     ViTImageProcessor,
     ViTModel,
@@ -110,6 +117,59 @@ def test_what_cannot_be_loaded_is_told_in_one_line(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(UsageError, match=r"pip install 'dbadapter\[metrics\]'"):
         encoders.load_encoder()
+
+
+def vit(folder: Path, **changed: torch.Tensor | None) -> Path:
+    """A small ViT, as `save_pretrained` leaves it; weights whose names hold a key get that value, or go."""
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTModel(ViTConfig(**small, image_size=32, patch_size=16), add_pooling_layer=False)
+    model.save_pretrained(folder)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    for part, value in changed.items():
+        for key in [key for key in weights if part in key]:
+            kept = weights.pop(key)
+            if value is not None:
+                weights[key] = torch.full_like(kept, float(value))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_an_encoder_without_its_weights_is_no_encoder(tmp_path: Path) -> None:
+    assert encoders.load_encoder(str(vit(tmp_path / "whole"))).embed(pictures(2)).shape == (2, 16)
+    with pytest.raises(UsageError, match=r"its weights are incomplete: 6 are missing, first .*layernorm"):
+        encoders.load_encoder(str(vit(tmp_path / "part", layernorm=None)))
+    with pytest.raises(UsageError, match="makes no finite vector of a picture"):
+        encoders.load_encoder(str(vit(tmp_path / "nan", layernorm=torch.tensor(torch.nan))))
+
+
+def test_a_model_that_embeds_no_pictures_is_refused_before_anything_is_drawn(tmp_path: Path) -> None:
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(**small, vocab_size=50)).save_pretrained(tmp_path / "bert")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "bert")
+    with pytest.raises(UsageError, match=r"bert embeds no pictures \(.*\): pass a folder") as caught:
+        encoders.load_encoder(str(tmp_path / "bert"))
+    assert "\n" not in str(caught.value)
+    convolutions = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
+    ResNetModel(convolutions).save_pretrained(tmp_path / "resnet")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "resnet")
+    with pytest.raises(UsageError, match="makes no finite vector of a picture"):
+        encoders.load_encoder(str(tmp_path / "resnet"))
+
+
+def test_code_in_an_encoders_folder_is_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = vit(tmp_path / "vit")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoModel": "evil.Evil", "AutoConfig": "evil.Config"}, "model_type": "evil"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        encoders.load_encoder(str(folder))
+    assert not (tmp_path / "ran").exists()
+    assert "[y/N]" not in capsys.readouterr().out
 
 
 def test_efficientnet_tells_subjects_apart() -> None:

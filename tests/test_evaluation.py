@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from dbadapter.evaluation import Settings, evaluate, load_photographs
 from dbadapter.evaluation_prompts import Prompts, choose_prompts
 from dbadapter.export.parity import synthetic_adapter
 from dbadapter.model_folder import write_model_folder
+from dbadapter.sampling import MOST_IMAGES
 
 PROMPTS = Prompts(("a {} on grass", "a red {}"), "a photo of a dog", ("a lake",))
 FEW = Settings(num_images_per_prompt=2, num_class_images=3, num_inference_steps=2)
@@ -214,7 +217,8 @@ def test_the_command(tiny_base_folder: Path, photographs: Path, files: Path, tmp
     pytest.importorskip("efficientnet_lite_pytorch")
     (tmp_path / "prompts.txt").write_text("a {} on grass\n")
     out = tmp_path / "report.json"
-    words = ["--base", str(tiny_base_folder), "--instance-data-dir", str(photographs), "--json", str(out)]
+    words = ["--base", str(tiny_base_folder), "--prediction-type", "epsilon", "--json", str(out)]
+    words += ["--instance-data-dir", str(photographs)]
     words += ["--prompts", str(tmp_path / "prompts.txt"), "--num-inference-steps", "1"]
     words += ["--num-images-per-prompt", "1", "--num-class-images", "2"]
     both = [str(files / "dog.safetensors"), str(files / "hat.safetensors")]
@@ -268,7 +272,25 @@ def test_a_reader_who_goes_away_leaves_the_files(
         (("--tuned", "empty"), "empty holds no model: there is no model_index.json in it"),
         (("--tuned", "run"), "run is the folder of a run: pass run/model"),
         (("--adapter", "base.safetensors"), "a candidate is called 'base'"),
-        (("--adapter", "dog.safetensors", "--class-noun", " "), "--class-noun is empty"),
+        (("--adapter", "dog.safetensors", "--class-noun", " "), "--class-noun must say what the subject is"),
+        (
+            ("--adapter", "dog.safetensors", "--class-noun", "{}"),
+            "--class-noun must be a word without braces",
+        ),
+        (("--adapter", "dog.safetensors", "--class-noun", " Auto"), "--class-noun auto is for train"),
+        (("--adapter", "dog.safetensors", "--identifier", "s\nks"), "--identifier must be one line"),
+        (("--adapter", "dog.safetensors", "--image-encoder", ""), "--image-encoder is empty: leave it out"),
+        (("--adapter", "dog.safetensors", "--kind", "live", "--prompts", "x"), "leave one out"),
+        (("--compare", "adapter-run"), "pass adapter-run/mine.safetensors"),
+        (
+            ("--adapter", "dog.safetensors", "--json", "/dev/null", "--overwrite"),
+            "is a device or a broken link",
+        ),
+        (("--adapter", "dog.safetensors", "--json", "broken", "--overwrite"), "is a device or a broken link"),
+        (
+            ("--adapter", "dog.safetensors", "--json", "dog.safetensors", "--overwrite"),
+            "dog.safetensors is an input of this command",
+        ),
     ],
 )
 def test_refusals_are_one_line(
@@ -279,12 +301,37 @@ def test_refusals_are_one_line(
         (files / folder).mkdir(parents=True, exist_ok=True)
     (files / "run/model/model_index.json").write_text("{}")
     (files / "peft" / "adapter_config.json").write_text("{}")
+    (files / "adapter-run").mkdir(exist_ok=True)
+    (files / "adapter-run/mine.safetensors").touch()
+    with suppress(FileExistsError):
+        (files / "broken").symlink_to("nowhere")
+    before = (files / "dog.safetensors").read_bytes()
     (files / "base.safetensors").write_bytes((files / "dog.safetensors").read_bytes())
     done = run("--instance-data-dir", str(photographs), *words)
     assert done.exit_code in (1, 2)
     assert done.stderr.startswith("Error: ")
     assert said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert (files / "dog.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["photograph", "prompts.txt"])
+def test_overwrite_spares_what_is_read(name: str, photographs: Path, files: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(photographs, tmp_path / "photographs")
+    (tmp_path / "prompts.txt").write_text("a {} on grass\n")
+    path = next(folder.iterdir()) if name == "photograph" else tmp_path / name
+    before = path.read_bytes()
+    words = ["--instance-data-dir", str(folder), "--prompts", str(tmp_path / "prompts.txt")]
+    done = run(*words, "--adapter", str(files / "dog.safetensors"), "--report", str(path), "--overwrite")
+    assert f"{path} is an input of this command" in done.stderr
+    assert path.read_bytes() == before
+
+
+def test_more_pictures_than_fit_are_refused_at_once() -> None:
+    assert sys.modules["dbadapter.cli.evaluate"]._MOST_IMAGES == MOST_IMAGES
+    with pytest.raises(UsageError, match="num_class_images must be from 1 to 1000, got 1001"):
+        Settings(num_class_images=1001)
+    assert "1<=x<=1000" in run("--instance-data-dir", "x", "--num-images-per-prompt", "1001").output
 
 
 def test_a_prompt_too_long_for_one_of_them_is_told_before_anything_is_drawn(

@@ -37,6 +37,12 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
         read_prompts(file)
     file.write_bytes(b"\xef\xbb\xbf# a note\na {} in a boat\n")
     assert read_prompts(file) == ("a {} in a boat",)
+    file.write_text("a {} x\n\na {subject} x\n")
+    with pytest.raises(DataError, match="line 3: the prompt of line 1 again: drop one"):
+        read_prompts(file)
+    file.write_text("a {} \0 x\n")
+    with pytest.raises(DataError, match="line 1: a prompt must hold no control characters"):
+        read_prompts(file)
     file.write_text("\n")
     with pytest.raises(DataError, match="1 to 500 prompts"):
         read_prompts(file)

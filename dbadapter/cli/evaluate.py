@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
@@ -14,7 +15,8 @@ import click
 
 import dbadapter
 from dbadapter.cli.group import progress_bars
-from dbadapter.cli.options import BASE_HELP, FilePath, overwrite_option
+from dbadapter.cli.options import BASE_HELP, FilePath, overwrite_option, prediction_option
+from dbadapter.config_checks import AUTO, noun_faults
 from dbadapter.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -35,11 +37,13 @@ _ROWS = {
     "unrelated_fidelity": ("others still as asked", "more"),
     "nearest_photograph": ("nearest photograph", ""),
 }
+_MOST_IMAGES = 1000  # as sampling.MOST_IMAGES, whose import would bring torch along
 _BESIDE = 3  # models side by side in the terminal
 
 
 @click.command()
 @click.option("--base", default="toybox", show_default=True, metavar="BASE", help=BASE_HELP)
+@prediction_option
 @click.option("--adapter", type=FilePath(), metavar="FILE", help="An adapter of that base.")
 @click.option("--tuned", type=FilePath(), metavar="FOLDER", help="A fully tuned model in diffusers' layout.")
 @click.option("--compare", multiple=True, type=FilePath(), metavar="PATH",
@@ -55,17 +59,18 @@ _BESIDE = 3  # models side by side in the terminal
 @click.option("--prompts", "prompts_file", type=FilePath(), metavar="FILE",
               help="One prompt a line, {} for the subject.  "
               "[default: DreamBooth's 25; on toybox its contexts]")  # fmt: skip
-@click.option("--kind", type=click.Choice(_KINDS), default="object", show_default=True,
-              help="Which of DreamBooth's lists: live is for people and animals.")  # fmt: skip
+@click.option("--kind", type=click.Choice(_KINDS),
+              help="Which of DreamBooth's lists: live is for people and animals.  "
+              "[default: object]")  # fmt: skip
 @click.option("--image-encoder", metavar="ENCODER",
               help="Folder or hub id of a DINO, DINOv2 or CLIP; the paper's is DINO ViT-S/16.  "
               "[default: efficientnet-lite2; on toybox toybox-judges]")  # fmt: skip
 @click.option("--text-image-encoder", metavar="ENCODER",
               help="Folder or hub id of a CLIP; without it prompt fidelity is not measured but on toybox, "
               "whose judges know the truth.")  # fmt: skip
-@click.option("--num-images-per-prompt", type=click.IntRange(min=1), default=4, show_default=True,
+@click.option("--num-images-per-prompt", type=click.IntRange(1, _MOST_IMAGES), default=4, show_default=True,
               metavar="N", help="Seeds of every prompt.")  # fmt: skip
-@click.option("--num-class-images", type=click.IntRange(min=2), default=24, show_default=True,
+@click.option("--num-class-images", type=click.IntRange(2, _MOST_IMAGES), default=24, show_default=True,
               metavar="N", help="Pictures of the class.")  # fmt: skip
 @click.option("--num-inference-steps", type=click.IntRange(min=1), default=25, show_default=True,
               metavar="N", help="Denoising steps.")  # fmt: skip
@@ -80,16 +85,22 @@ _BESIDE = 3  # models side by side in the terminal
 @overwrite_option
 def evaluate(
     base: str,
+    prediction_type: str | None,
     adapter: Path | None,
     tuned: Path | None,
     compare: tuple[Path, ...],
     more: tuple[Path, ...],
+    instance_data_dir: Path,
     class_noun: str,
     identifier: str | None,
+    prompts_file: Path | None,
+    kind: str | None,
+    image_encoder: str | None,
+    text_image_encoder: str | None,
     json_path: Path | None,
     report_path: Path | None,
     overwrite: bool,
-    **request: Any,
+    **settings: Any,
 ) -> None:
     """Score adapters and tuned models.
 
@@ -103,7 +114,7 @@ def evaluate(
           --instance-data-dir photos --class-noun dog --kind live
     """
     paths = [path for path in (adapter, tuned) if path is not None] + [*compare, *more]
-    if class_noun == "auto":
+    if class_noun.strip().lower() == AUTO:
         raise UsageError(
             "--class-noun auto is for train: pass the noun that the adapter was trained with, as its "
             "config.toml says"
@@ -112,8 +123,17 @@ def evaluate(
         raise UsageError("give what is scored: --adapter FILE, --tuned FOLDER, or --compare PATH PATH...")
     if more and not compare:
         raise UsageError(f"{more[0]}: paths follow --compare; for one adapter pass --adapter FILE")
-    if not class_noun.strip():
-        raise UsageError("--class-noun is empty: pass what the subject is, e.g. dog")
+    words = {"--class-noun": class_noun, "--identifier": identifier}
+    for option, word in words.items():
+        if word is not None and (fault := next(noun_faults(option, word), None)):
+            raise UsageError(fault)
+    for option, spec in (("--image-encoder", image_encoder), ("--text-image-encoder", text_image_encoder)):
+        if spec is not None and not spec.strip():
+            raise UsageError(f"{option} is empty: leave it out for the default")
+    if kind is not None and prompts_file is not None:
+        raise UsageError(
+            "--kind chooses one of DreamBooth's lists, and --prompts gives another: leave one out"
+        )
     _refuse_peft_folders(paths)
     if adapter is not None and adapter.is_dir():
         raise UsageError(f"--adapter {adapter} is a folder: pass a fully tuned model's with --tuned")
@@ -125,16 +145,33 @@ def evaluate(
             "file with --adapter"
         )
     _check_outputs(json_path, report_path, overwrite)
-    from dbadapter.evaluation_report import ReportPictures, report_page
+    inputs = [Path(base), *paths, *([prompts_file] if prompts_file else [])]
+    for path in (json_path, report_path):
+        if path is not None:
+            _refuse_input(path, inputs, instance_data_dir)
+    from dbadapter.evaluation_report import ReportPictures, finite, report_page
 
     # What is drawn is kept only where it is shown.
     pictures = ReportPictures() if report_path is not None else None
-    report = _report(base, paths, class_noun, identifier, pictures, **request)
+    report = _report(
+        base,
+        paths,
+        class_noun,
+        identifier,
+        pictures,
+        prediction_type=prediction_type,
+        instance_data_dir=instance_data_dir,
+        prompts_file=prompts_file,
+        kind=kind,
+        image_encoder=image_encoder,
+        text_image_encoder=text_image_encoder,
+        **settings,
+    )
     # Before anything is shown: a pipe that is closed early must not take the files with it. Nor may a file
     # that cannot be written take the other, or the table: hours of drawing are in them.
     failed: list[OutputError] = []
     if json_path is not None:
-        _write(json_path, json.dumps(report, indent=2) + "\n", "--json", failed)
+        _write(json_path, json.dumps(finite(report), indent=2) + "\n", "--json", failed)
     if report_path is not None and pictures is not None:
         _write(report_path, report_page(report, pictures), "--report", failed)
     _show(report)
@@ -149,9 +186,10 @@ def _report(
     identifier: str | None,
     pictures: ReportPictures | None,
     *,
+    prediction_type: str | None,
     instance_data_dir: Path,
     prompts_file: Path | None,
-    kind: str,
+    kind: str | None,
     image_encoder: str | None,
     text_image_encoder: str | None,
     **settings: Any,
@@ -171,7 +209,9 @@ def _report(
             f"two candidates are called {twice!r}: the report tells them apart by name and folder; name each "
             "once, or rename one"
         )
-    loaded = load_base(base)
+    loaded = load_base(base, prediction_type=prediction_type)
+    if kind is not None and loaded.family == "toybox":
+        warnings.warn("toybox has prompts of its own: --kind does nothing there", UserWarning, stacklevel=2)
     device = loaded.device.type
     encoder = load_encoder(image_encoder or default_encoder(loaded.family), device)
     judged_by = text_image_encoder or default_prompt_judge(loaded.family)
@@ -179,7 +219,7 @@ def _report(
     photographs = evaluation.load_photographs(instance_data_dir, max(loaded.resolution, 64))
     if pictures is not None:
         pictures.add_photographs(photographs)
-    prompts = default_prompts(loaded.family, class_noun, kind)
+    prompts = default_prompts(loaded.family, class_noun, kind or "object")
     if prompts_file:
         prompts = choose_prompts(class_noun, read_prompts(prompts_file), prompts.unrelated)
     with progress_bars() as progress:
@@ -268,6 +308,8 @@ def _check_outputs(json_path: Path | None, report_path: Path | None, overwrite: 
     for path, option in ((json_path, "--json"), (report_path, "--report")):
         if path is not None and path.is_dir():
             raise OutputError(f"{path} is a folder: give {option} the name of a file")
+        if path is not None and os.path.lexists(path) and not path.is_file():
+            raise OutputError(f"{path} is a device or a broken link: give {option} the name of a file")
         if path is not None and path.exists() and not overwrite:
             raise OutputError(f"{path} exists already: choose another name or overwrite it (--overwrite)")
         if path is not None:
@@ -278,6 +320,14 @@ def _check_outputs(json_path: Path | None, report_path: Path | None, overwrite: 
             raise UsageError(f"--json and --report are both {json_path}: give each a name of its own")
         if one in other.parents or other in one.parents:
             raise UsageError("of --json and --report one lies in the other: give each a name of its own")
+
+
+def _refuse_input(path: Path, inputs: list[Path], photographs: Path) -> None:
+    """Refuse an output that is what the command reads; `--overwrite` would destroy it."""
+    there = path.resolve()
+    of_photographs = there.parent == photographs.resolve() and path.suffix.lower() not in (".json", ".html")
+    if path.exists() and (of_photographs or any(there == each.resolve() for each in inputs)):
+        raise UsageError(f"{path} is an input of this command: give the output a name of its own")
 
 
 def _check_writable(path: Path, option: str) -> None:

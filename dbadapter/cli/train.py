@@ -139,9 +139,14 @@ def _listed(nouns: str) -> tuple[str, ...]:
     lines = nouns.split(",")
     if Path(nouns).is_file():
         try:
-            lines = Path(nouns).read_text(encoding="utf-8").splitlines()
+            lines = Path(nouns).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--class-nouns {nouns} cannot be read as UTF-8 text: {error}") from None
+    elif len(lines) == 1:
+        raise UsageError(
+            f"--class-nouns {nouns} is neither a file nor a list: pass a file with one noun a line, or "
+            "two or more nouns with commas between"
+        )
     return tuple(noun.strip() for noun in lines if noun.strip())
 
 
