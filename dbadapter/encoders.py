@@ -112,7 +112,8 @@ def load_encoder(spec: str = DEFAULT_ENCODER, device: str = "cpu") -> Encoder:
         from dbadapter.toybox.judges import load_judges, tensor_of
 
         judges = load_judges()
-        return Encoder(spec, lambda pictures: judges.embed(tensor_of(pictures)), accuracy=judges.accuracy)
+        accuracy = {"instance": judges.accuracy["instance"]}
+        return Encoder(spec, lambda pictures: judges.embed(tensor_of(pictures)), accuracy=accuracy)
     if "/" not in spec and (near := get_close_matches(spec, (DEFAULT_ENCODER, TOYBOX_JUDGES), cutoff=0.8)):
         raise UsageError(f"there is no encoder {spec}: did you mean {near[0]}?")
     model, processor = _of_transformers(spec, device)
@@ -171,7 +172,8 @@ def load_prompt_judge(spec: str, device: str = "cpu") -> PromptJudge:
     if spec == TOYBOX_JUDGES:
         from dbadapter.toybox.judges import load_judges
 
-        return PromptJudge(spec, _agreement, load_judges().accuracy)
+        accuracy = load_judges().accuracy
+        return PromptJudge(spec, _agreement, {name: accuracy[name] for name in ("noun", "context")})
     encoder = load_text_image_encoder(spec, device)
 
     def score(pictures: Sequence[Image], prompts: Sequence[str]) -> dict[str, Tensor]:

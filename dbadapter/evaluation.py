@@ -372,11 +372,7 @@ def evaluate(
         "figures": found,
         "differences": _differences(compared),
     }
-    accuracy = dict(encoder.accuracy or {})
-    if not accuracy and prompt_judge is not None:  # it does not say which instance a picture shows
-        accuracy = {
-            name: value for name, value in (prompt_judge.accuracy or {}).items() if name != "instance"
-        }
+    accuracy = {**(encoder.accuracy or {}), **((prompt_judge.accuracy or {}) if prompt_judge else {})}
     report |= {"left_out": left_out} if left_out else {}
     return report | ({"encoder_accuracy": accuracy} if accuracy else {})
 

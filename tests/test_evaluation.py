@@ -1,34 +1,26 @@
-"""`evaluate` on a tiny base: what is drawn, what is paired, what is refused."""
+"""`evaluation.evaluate` on a tiny base: what is drawn, what is paired, what is told."""
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from evaluated import draw_photographs, write_adapters
 from pictures import PIXELS, pixels
 from PIL import Image
 
 from dbadapter import evaluation
-from dbadapter.adapter import Adapter
 from dbadapter.adapter_file import AdapterDescription, write_adapter
 from dbadapter.base import Base, load_base
-from dbadapter.candidates import load_candidate, pipeline_of, told_apart
-from dbadapter.cli import main
+from dbadapter.candidates import load_candidate
 from dbadapter.errors import BaseError, DataError, UsageError
 from dbadapter.evaluation import Settings, evaluate, load_photographs
 from dbadapter.evaluation_prompts import Prompts, choose_prompts
 from dbadapter.export.parity import synthetic_adapter
 from dbadapter.model_folder import write_model_folder
-from dbadapter.sampling import MOST_IMAGES
 
 PROMPTS = Prompts(("a {} on grass", "a red {}"), "a photo of a dog", ("a lake",))
 FEW = Settings(num_images_per_prompt=2, num_class_images=3, num_inference_steps=2)
@@ -41,22 +33,12 @@ def base(tiny_base_folder: Path) -> Base:
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("photographs")
-    drawn = np.random.default_rng(0)
-    for number in range(3):
-        Image.fromarray(drawn.integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    return folder
+    return draw_photographs(tmp_path_factory.mktemp("photographs"))
 
 
 @pytest.fixture(scope="module")
 def files(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(("dog", "hat")):
-        adapter = synthetic_adapter(base, seed=seed)
-        write_adapter(
-            folder / f"{name}.safetensors", adapter, description=AdapterDescription(trigger="sks dog")
-        )
-    return folder
+    return write_adapters(base, tmp_path_factory.mktemp("adapters"))
 
 
 def test_every_candidate_meets_the_same_prompts_and_seeds(base: Base, photographs: Path, files: Path) -> None:
@@ -195,145 +177,6 @@ def test_a_tuned_model_is_drawn_with_the_bases_guidance(photographs: Path, tmp_p
     assert judge.score(tuned, candidate.subject).figures["drift"]["value"] == pytest.approx(0, abs=1e-5)
 
 
-def test_a_tuned_model_keeps_the_noise_schedule_that_it_was_trained_with(base: Base, tmp_path: Path) -> None:
-    write_model_folder(base.pipeline, tmp_path / "tuned")
-    path = tmp_path / "tuned/scheduler/scheduler_config.json"
-    config = json.loads(path.read_text())
-    trained = {"beta_end": 0.02, "prediction_type": "v_prediction", "set_alpha_to_one": True}
-    path.write_text(json.dumps({**config, **trained}))
-    with pipeline_of(base, load_candidate(tmp_path / "tuned", "dog", "sks")) as pipeline:
-        told = pipeline.scheduler.config
-    assert (told.beta_end, told.prediction_type) == (0.02, "v_prediction")
-    ours = base.pipeline.scheduler.config
-    assert told.set_alpha_to_one == ours.set_alpha_to_one
-    assert told.timestep_spacing == ours.timestep_spacing
-
-
-def run(*words: str) -> Any:
-    return CliRunner().invoke(main, ["evaluate", "--class-noun", "dog", *words])
-
-
-def test_the_command(tiny_base_folder: Path, photographs: Path, files: Path, tmp_path: Path) -> None:
-    pytest.importorskip("efficientnet_lite_pytorch")
-    (tmp_path / "prompts.txt").write_text("a {} on grass\n")
-    out = tmp_path / "report.json"
-    words = ["--base", str(tiny_base_folder), "--prediction-type", "epsilon", "--json", str(out)]
-    words += ["--instance-data-dir", str(photographs)]
-    words += ["--prompts", str(tmp_path / "prompts.txt"), "--num-inference-steps", "1"]
-    words += ["--num-images-per-prompt", "1", "--num-class-images", "2"]
-    both = [str(files / "dog.safetensors"), str(files / "hat.safetensors")]
-    done = run(*words, "--compare", *both)
-    assert done.exit_code == 0, done.output
-    assert "encoder efficientnet-lite2" in done.output
-    assert "hat minus dog, drift" in done.output
-    assert "[unknown: too few]" in done.output
-    assert json.loads(out.read_text())["figures"].keys() == {"base", "dog", "hat"}
-    again = run(*words, "--compare", *both)
-    assert again.exit_code == 1
-    assert "--overwrite" in again.output
-
-
-def test_a_reader_who_goes_away_leaves_the_files(
-    photographs: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As `dbadapter evaluate ... | head -2` does."""
-    command = sys.modules["dbadapter.cli.evaluate"]
-
-    def gone(_: Any) -> None:
-        raise BrokenPipeError
-
-    monkeypatch.setattr(command, "_show", gone)
-    monkeypatch.setattr(command, "_report", lambda *_, **__: {"figures": {}})
-    monkeypatch.setattr("dbadapter.evaluation_report.report_page", lambda *_: "a page")
-    words = ["--instance-data-dir", str(photographs), "--adapter", str(files / "dog.safetensors")]
-    run(*words, "--json", str(tmp_path / "out.json"), "--report", str(tmp_path / "out.html"))
-    assert json.loads((tmp_path / "out.json").read_text()) == {"figures": {}}
-    assert (tmp_path / "out.html").read_text() == "a page"
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ((), "give what is scored"),
-        (("x.safetensors",), "paths follow --compare"),
-        (("--adapter", "none.safetensors"), "does not exist"),
-        (
-            ("--adapter", "dog.safetensors", "--compare", "dog.safetensors"),
-            "dog': the report tells them apart by name and folder",
-        ),
-        (("--adapter", "dog.safetensors", "--image-encoder", "."), "cannot be loaded"),
-        (("--adapter", "peft"), "is a PEFT folder: make a file of it with dbadapter convert"),
-        (("--tuned", "peft"), "is a PEFT folder: make a file of it with dbadapter convert"),
-        (("--compare", "peft"), "is a PEFT folder: make a file of it with dbadapter convert"),
-        (("--adapter", "dog.safetensors", "--image-encoder", "toybox-judge"), "did you mean toybox-judges?"),
-        (("--adapter", "."), "is a folder: pass a fully tuned model's with --tuned"),
-        (("--tuned", "dog.safetensors"), "is a folder in diffusers' layout; pass an adapter's file"),
-        (("--tuned", "nope"), "--tuned nope does not exist: give a tuned model's folder"),
-        (("--tuned", "empty"), "empty holds no model: there is no model_index.json in it"),
-        (("--tuned", "run"), "run is the folder of a run: pass run/model"),
-        (("--adapter", "base.safetensors"), "a candidate is called 'base'"),
-        (("--adapter", "dog.safetensors", "--class-noun", " "), "--class-noun must say what the subject is"),
-        (
-            ("--adapter", "dog.safetensors", "--class-noun", "{}"),
-            "--class-noun must be a word without braces",
-        ),
-        (("--adapter", "dog.safetensors", "--class-noun", " Auto"), "--class-noun auto is for train"),
-        (("--adapter", "dog.safetensors", "--identifier", "s\nks"), "--identifier must be one line"),
-        (("--adapter", "dog.safetensors", "--image-encoder", ""), "--image-encoder is empty: leave it out"),
-        (("--adapter", "dog.safetensors", "--kind", "live", "--prompts", "x"), "leave one out"),
-        (("--compare", "adapter-run"), "pass adapter-run/mine.safetensors"),
-        (
-            ("--adapter", "dog.safetensors", "--json", "/dev/null", "--overwrite"),
-            "is a device or a broken link",
-        ),
-        (("--adapter", "dog.safetensors", "--json", "broken", "--overwrite"), "is a device or a broken link"),
-        (
-            ("--adapter", "dog.safetensors", "--json", "dog.safetensors", "--overwrite"),
-            "dog.safetensors is an input of this command",
-        ),
-    ],
-)
-def test_refusals_are_one_line(
-    words: tuple[str, ...], said: str, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(files)
-    for folder in ("peft", "empty", "run/model"):
-        (files / folder).mkdir(parents=True, exist_ok=True)
-    (files / "run/model/model_index.json").write_text("{}")
-    (files / "peft" / "adapter_config.json").write_text("{}")
-    (files / "adapter-run").mkdir(exist_ok=True)
-    (files / "adapter-run/mine.safetensors").touch()
-    with suppress(FileExistsError):
-        (files / "broken").symlink_to("nowhere")
-    before = (files / "dog.safetensors").read_bytes()
-    (files / "base.safetensors").write_bytes((files / "dog.safetensors").read_bytes())
-    done = run("--instance-data-dir", str(photographs), *words)
-    assert done.exit_code in (1, 2)
-    assert done.stderr.startswith("Error: ")
-    assert said in done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert (files / "dog.safetensors").read_bytes() == before
-
-
-@pytest.mark.parametrize("name", ["photograph", "prompts.txt"])
-def test_overwrite_spares_what_is_read(name: str, photographs: Path, files: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(photographs, tmp_path / "photographs")
-    (tmp_path / "prompts.txt").write_text("a {} on grass\n")
-    path = next(folder.iterdir()) if name == "photograph" else tmp_path / name
-    before = path.read_bytes()
-    words = ["--instance-data-dir", str(folder), "--prompts", str(tmp_path / "prompts.txt")]
-    done = run(*words, "--adapter", str(files / "dog.safetensors"), "--report", str(path), "--overwrite")
-    assert f"{path} is an input of this command" in done.stderr
-    assert path.read_bytes() == before
-
-
-def test_more_pictures_than_fit_are_refused_at_once() -> None:
-    assert sys.modules["dbadapter.cli.evaluate"]._MOST_IMAGES == MOST_IMAGES
-    with pytest.raises(UsageError, match="num_class_images must be from 1 to 1000, got 1001"):
-        Settings(num_class_images=1001)
-    assert "1<=x<=1000" in run("--instance-data-dir", "x", "--num-images-per-prompt", "1001").output
-
-
 def test_a_prompt_too_long_for_one_of_them_is_told_before_anything_is_drawn(
     base: Base, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,62 +188,6 @@ def test_a_prompt_too_long_for_one_of_them_is_told_before_anything_is_drawn(
     shown = load_photographs(photographs, 32)
     with pytest.raises(DataError, match=r"tokens long, this base reads at most .*; shorten it"):
         evaluate(base, [one, other], shown, prompts, **words)
-
-
-def test_the_trigger_may_stand_for_the_identifier(files: Path, recwarn: pytest.WarningsRecorder) -> None:
-    told = load_candidate(files / "dog.safetensors", "dog").subject
-    assert load_candidate(files / "dog.safetensors", "dog", told).subject == told
-    assert not recwarn.list
-
-
-def test_what_cannot_be_written_takes_nothing_else_with_it(
-    photographs: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A disk that is full at the end, after hours of drawing."""
-    command, write = sys.modules["dbadapter.cli.evaluate"], Path.write_text
-
-    def full(path: Path, text: str, **options: Any) -> int:
-        if ".json." in path.name:
-            write(path, text[:5], **options)
-            raise OSError(28, "No space left on device")
-        return write(path, text, **options)
-
-    monkeypatch.setattr(Path, "write_text", full)
-    monkeypatch.setattr(command, "_show", lambda _: print("the table"))
-    monkeypatch.setattr(command, "_report", lambda *_, **__: {"figures": {}})
-    monkeypatch.setattr("dbadapter.evaluation_report.report_page", lambda *_: "a page")
-    words = ["--instance-data-dir", str(photographs), "--adapter", str(files / "dog.safetensors")]
-    done = run(*words, "--json", str(tmp_path / "out.json"), "--report", str(tmp_path / "out.html"))
-    assert done.exit_code == 1
-    assert "out.json cannot be written (No space left on device): pass another --json" in done.stderr
-    assert "the table" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["out.html"]
-
-
-def test_two_of_one_name_are_told_apart_by_their_folder(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "dog.safetensors").write_bytes((files / "dog.safetensors").read_bytes())
-    paths = [tmp_path / "a/dog.safetensors", tmp_path / "b/dog.safetensors", files / "hat.safetensors"]
-    names = [each.name for each in told_apart([load_candidate(path, "dog") for path in paths])]
-    assert names == ["a/dog", "b/dog", "hat"]
-    for name in ("x", "y"):
-        (tmp_path / name / "run").mkdir(parents=True)
-        (tmp_path / name / "run/dog.safetensors").write_bytes((files / "dog.safetensors").read_bytes())
-    paths = [tmp_path / "x/run/dog.safetensors", tmp_path / "y/run/dog.safetensors", paths[0]]
-    names = [each.name for each in told_apart([load_candidate(path, "dog") for path in paths])]
-    assert names == ["x/run/dog", "y/run/dog", "a/dog"]
-    monkeypatch.chdir(tmp_path / "x")
-    (tmp_path / "x/model_index.json").write_text("{}")
-    assert load_candidate(".", "dog", "sks").name == "x"
-    (tmp_path / "x/run/dog").mkdir()
-    (tmp_path / "x/run/dog/model_index.json").write_text("{}")
-    alike = told_apart(
-        [load_candidate(Path("run", name), "dog", "sks") for name in ("dog", "dog.safetensors")]
-    )
-    assert {each.name for each in alike} == {str(tmp_path / "x/run/dog")}  # which the command refuses
 
 
 def test_a_broken_candidate_takes_the_others_not_with_it(
@@ -439,21 +226,3 @@ def test_one_photograph_is_not_enough(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
     with pytest.raises(DataError, match=r"holds one photograph.*add another"):
         load_photographs(tmp_path, 32)
-
-
-def test_an_adapter_of_another_noun_is_told(files: Path) -> None:
-    with pytest.warns(UserWarning, match="has no cat in it: was it trained with another --class-noun"):
-        assert load_candidate(files / "dog.safetensors", "cat").subject.endswith("dog")
-
-
-def test_another_word_than_the_adapters_own_is_told(files: Path) -> None:
-    with pytest.warns(UserWarning, match="and is asked for 'zzz dog': leave --identifier out if that is not"):
-        assert load_candidate(files / "dog.safetensors", "dog", "zzz").subject == "zzz dog"
-
-
-def test_an_adapter_without_words_asks_for_them(base: Base, tmp_path: Path) -> None:
-    adapter = synthetic_adapter(base)
-    write_adapter(tmp_path / "mute.safetensors", Adapter(adapter.family, adapter.modules, {}))
-    with pytest.raises(UsageError, match="pass --identifier"):
-        load_candidate(tmp_path / "mute.safetensors", "dog")
-    assert load_candidate(tmp_path / "mute.safetensors", "dog", "wxv").subject == "wxv dog"

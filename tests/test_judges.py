@@ -40,7 +40,9 @@ def test_one_instance_is_nearer_to_itself_than_noise_is(renders: list[Image.Imag
     assert own.norm(dim=1).tolist() == pytest.approx([1.0] * 5, abs=1e-5)
     noise = encoder.embed([Image.effect_noise((64, 64), 80).convert("RGB")])
     assert (own @ own.T).min() > (own @ noise.T).max() + 0.3
-    assert encoder.accuracy == load_judges().accuracy
+    known = load_judges().accuracy
+    assert encoder.accuracy == {"instance": known["instance"]}
+    assert load_prompt_judge(TOYBOX_JUDGES).accuracy == {name: known[name] for name in ("noun", "context")}
 
 
 def test_agreement_counts_what_the_prompt_names(renders: list[Image.Image]) -> None:

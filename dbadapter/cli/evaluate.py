@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
-from contextlib import suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +14,7 @@ import click
 import dbadapter
 from dbadapter.cli.group import progress_bars
 from dbadapter.cli.options import BASE_HELP, FilePath, overwrite_option, prediction_option
+from dbadapter.cli.report_files import check_outputs, refuse_input, write_text
 from dbadapter.config_checks import AUTO, noun_faults
 from dbadapter.errors import OutputError, UsageError
 
@@ -123,13 +122,13 @@ def evaluate(
         raise UsageError("give what is scored: --adapter FILE, --tuned FOLDER, or --compare PATH PATH...")
     if more and not compare:
         raise UsageError(f"{more[0]}: paths follow --compare; for one adapter pass --adapter FILE")
-    words = {"--class-noun": class_noun, "--identifier": identifier}
-    for option, word in words.items():
+    words = {"--identifier": identifier, "--image-encoder": image_encoder}
+    for option, word in (words | {"--text-image-encoder": text_image_encoder}).items():
+        if word is not None and not word.strip():
+            raise UsageError(f"{option} is empty: leave it out for the default")
+    for option, word in {"--class-noun": class_noun, "--identifier": identifier}.items():
         if word is not None and (fault := next(noun_faults(option, word), None)):
             raise UsageError(fault)
-    for option, spec in (("--image-encoder", image_encoder), ("--text-image-encoder", text_image_encoder)):
-        if spec is not None and not spec.strip():
-            raise UsageError(f"{option} is empty: leave it out for the default")
     if kind is not None and prompts_file is not None:
         raise UsageError(
             "--kind chooses one of DreamBooth's lists, and --prompts gives another: leave one out"
@@ -144,11 +143,13 @@ def evaluate(
             f"--tuned {tuned} is a file: a tuned model is a folder in diffusers' layout; pass an adapter's "
             "file with --adapter"
         )
-    _check_outputs(json_path, report_path, overwrite)
-    inputs = [Path(base), *paths, *([prompts_file] if prompts_file else [])]
+    check_outputs(json_path, report_path, overwrite)
+    models = [spec for spec in (base, image_encoder, text_image_encoder) if spec and spec != "toybox"]
+    inputs = [*paths, *map(Path, models), *([prompts_file] if prompts_file else [])]
+    inputs += [path.absolute().parent / "config.toml" for path in paths if path.is_dir()]  # the run's words
     for path in (json_path, report_path):
         if path is not None:
-            _refuse_input(path, inputs, instance_data_dir)
+            refuse_input(path, inputs, instance_data_dir)
     from dbadapter.evaluation_report import ReportPictures, finite, report_page
 
     # What is drawn is kept only where it is shown.
@@ -171,9 +172,9 @@ def evaluate(
     # that cannot be written take the other, or the table: hours of drawing are in them.
     failed: list[OutputError] = []
     if json_path is not None:
-        _write(json_path, json.dumps(finite(report), indent=2) + "\n", "--json", failed)
+        write_text(json_path, json.dumps(finite(report), indent=2) + "\n", "--json", failed)
     if report_path is not None and pictures is not None:
-        _write(report_path, report_page(report, pictures), "--report", failed)
+        write_text(report_path, report_page(report, pictures), "--report", failed)
     _show(report)
     if failed:
         raise failed[0]
@@ -301,61 +302,3 @@ def _refuse_peft_folders(paths: list[Path]) -> None:
             for part in ("", "unet", "text_encoder", "text_encoder_2")
         ):
             raise UsageError(f"{path} is a PEFT folder: make a file of it with dbadapter convert first")
-
-
-def _check_outputs(json_path: Path | None, report_path: Path | None, overwrite: bool) -> None:
-    """Refuse before anything is drawn what could not be written afterwards."""
-    for path, option in ((json_path, "--json"), (report_path, "--report")):
-        if path is not None and path.is_dir():
-            raise OutputError(f"{path} is a folder: give {option} the name of a file")
-        if path is not None and os.path.lexists(path) and not path.is_file():
-            raise OutputError(f"{path} is a device or a broken link: give {option} the name of a file")
-        if path is not None and path.exists() and not overwrite:
-            raise OutputError(f"{path} exists already: choose another name or overwrite it (--overwrite)")
-        if path is not None:
-            _check_writable(path, option)
-    if json_path is not None and report_path is not None:
-        one, other = json_path.resolve(), report_path.resolve()
-        if one == other:
-            raise UsageError(f"--json and --report are both {json_path}: give each a name of its own")
-        if one in other.parents or other in one.parents:
-            raise UsageError("of --json and --report one lies in the other: give each a name of its own")
-
-
-def _refuse_input(path: Path, inputs: list[Path], photographs: Path) -> None:
-    """Refuse an output that is what the command reads; `--overwrite` would destroy it."""
-    there = path.resolve()
-    of_photographs = there.parent == photographs.resolve() and path.suffix.lower() not in (".json", ".html")
-    if path.exists() and (of_photographs or any(there == each.resolve() for each in inputs)):
-        raise UsageError(f"{path} is an input of this command: give the output a name of its own")
-
-
-def _check_writable(path: Path, option: str) -> None:
-    try:
-        nearest = next(folder for folder in path.absolute().parents if folder.exists())
-        # A real file of that length of name, gone at once: access bits say nothing about read-only disks.
-        temporary = nearest / _temporary(path).name
-        temporary.touch(exist_ok=False)
-        temporary.unlink()
-    except OSError as error:
-        raise OutputError(
-            f"{path} cannot be written ({error.strerror or error}): pass another {option}"
-        ) from None
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _write(path: Path, text: str, option: str, failed: list[OutputError]) -> None:
-    temporary = _temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        failed.append(
-            OutputError(f"{path} cannot be written ({error.strerror or error}): pass another {option}")
-        )
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)

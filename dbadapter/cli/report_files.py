@@ -1,0 +1,89 @@
+"""The figures' file and the page of `evaluate`: refused before the work, written whole after it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from dbadapter.errors import OutputError, UsageError
+
+__all__ = ["check_outputs", "refuse_input", "write_text"]
+
+
+def check_outputs(json_path: Path | None, report_path: Path | None, overwrite: bool) -> None:
+    """Refuse before anything is drawn what could not be written afterwards.
+
+    Raises:
+        OutputError: a path is a folder, a device, a broken link, exists without `overwrite`, or cannot be
+            written; the message names the option.
+        UsageError: both are one, or one lies in the other.
+    """
+    for path, option in ((json_path, "--json"), (report_path, "--report")):
+        if path is not None and path.is_dir():
+            raise OutputError(f"{path} is a folder: give {option} the name of a file")
+        if path is not None and os.path.lexists(path) and not path.is_file():
+            raise OutputError(f"{path} is a device or a broken link: give {option} the name of a file")
+        if path is not None and path.exists() and not overwrite:
+            raise OutputError(f"{path} exists already: choose another name or overwrite it (--overwrite)")
+        if path is not None:
+            _check_writable(path, option)
+    if json_path is not None and report_path is not None:
+        one, other = json_path.resolve(), report_path.resolve()
+        if one == other:
+            raise UsageError(f"--json and --report are both {json_path}: give each a name of its own")
+        if one in other.parents or other in one.parents:
+            raise UsageError("of --json and --report one lies in the other: give each a name of its own")
+
+
+def refuse_input(path: Path, inputs: Sequence[Path], photographs: Path) -> None:
+    """Refuse an output that is what the command reads; `--overwrite` would destroy it.
+
+    Args:
+        path: of the output.
+        inputs: files, and folders of models, in which nothing that exists is replaced.
+        photographs: their folder, in which only pages and figures may be replaced.
+    Raises:
+        UsageError: it is one of them.
+    """
+    if not path.exists():
+        return
+    there = path.resolve()
+    of_photographs = there.parent == photographs.resolve() and path.suffix.lower() not in (".json", ".html")
+    if of_photographs or any(there == each.resolve() for each in inputs):
+        raise UsageError(f"{path} is an input of this command: give the output a name of its own")
+    if within := next((each for each in inputs if each.is_dir() and each.resolve() in there.parents), None):
+        raise UsageError(f"{path} is a file of {within}, an input of this command: put the output elsewhere")
+
+
+def _check_writable(path: Path, option: str) -> None:
+    try:
+        nearest = next(folder for folder in path.absolute().parents if folder.exists())
+        # A real file of that length of name, gone at once: access bits say nothing about read-only disks.
+        temporary = nearest / _temporary(path).name
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written ({error.strerror or error}): pass another {option}"
+        ) from None
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def write_text(path: Path, text: str, option: str, failed: list[OutputError]) -> None:
+    """Write a file whole or not at all; what stood in the way is added to `failed`."""
+    temporary = _temporary(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        failed.append(
+            OutputError(f"{path} cannot be written ({error.strerror or error}): pass another {option}")
+        )
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
