@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -85,9 +85,9 @@ def search(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
             ]
             if {run["subject"] for run in rows} >= {subject.name for subject in SEARCH_SUBJECTS}:
                 found.setdefault(method, {})[f"{rate:g}"] = {
-                    "score": _mean([run["score"] for run in rows]),
-                    "likeness": _mean([run["likeness"] for run in rows]),
-                    "forgotten": _mean([forgotten(run) for run in rows]),
+                    "score": _mean_over_subjects(rows, lambda run: float(run["score"])),
+                    "likeness": _mean_over_subjects(rows, lambda run: float(run["likeness"])),
+                    "forgotten": _mean_over_subjects(rows, forgotten),
                 }
     return found
 
@@ -129,8 +129,9 @@ def table(runs: Sequence[Run], method: str, figure: str) -> Tensor:
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
     """Return the search, means with intervals over subjects, and differences from both main methods.
 
-    A method's runs are of one precision: the main one where it was run in it, else the one it was run in,
-    which its `precision` says; its seconds and memory are then compared with no other's.
+    A method's runs at one rate are of one precision: the main one where it was run in it, else the one it was
+    run in, which its `precision` says. Its differences are then from runs in the main one, without seconds
+    and memory.
     """
     methods: dict[str, Any] = {}
     everything = fresh(runs)
@@ -165,7 +166,7 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
             name for name, rate in best.items() if rate in (min(SEARCHED[name]), max(SEARCHED[name]))
         ],
         "methods": methods,
-        "other_rates": _other_rates(others, runs),
+        "other_rates": _other_rates(elsewhere, runs, precision),
         "precision": precision,
         "other_precisions": {
             other: _in_other_precision([run for run in beside if run["precision"] == other], runs)
@@ -196,17 +197,19 @@ def _figures(runs: Sequence[Run], method: str) -> dict[str, Any]:
     }
 
 
-def _other_rates(others: Sequence[Run], runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _other_rates(others: Sequence[Run], runs: Sequence[Run], precision: str | None) -> list[dict[str, Any]]:
     """Return what methods reached at rates that their search did not choose, where runs were made there.
 
     Args:
         others: at such rates.
         runs: of all methods at their own, for the differences.
+        precision: the main one, of which a method's runs at a rate are if there are any.
     """
     found = []
     for name in METHODS:
         for rate in sorted({run["rate"] for run in others if run["method"] == name}):
             there = [run for run in others if (run["method"], run["rate"]) == (name, rate)]
+            there = [run for run in there if run["precision"] == _precision_of(there, name, precision)]
             about = {"method": name, **_figures(there, name)}
             renamed = [{**run, "method": "there"} for run in there]
             for other in (DEFAULT, FULL):
@@ -358,6 +361,13 @@ def _mean_of(values: Tensor, figure: str) -> dict[str, float]:
 
 def _rounded(figure: metrics.Figure) -> dict[str, float]:
     return {key: round(value, 4) for key, value in asdict(figure).items()}
+
+
+def _mean_over_subjects(runs: Sequence[Run], figure: Callable[[Run], float]) -> float:
+    values: dict[str, list[float]] = {}
+    for run in runs:
+        values.setdefault(run["subject"], []).append(figure(run))
+    return _mean([sum(each) / len(each) for each in values.values()])
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -75,7 +75,10 @@ def compared(against: str = "adapter", path: Path = FILE) -> str:
         pairs = about.get(f"minus_{against}")
         if pairs and about["subjects"] >= ENOUGH:
             cells = [_difference(pairs[figure]) for figure in DIFFERENCES if figure in pairs]
-            rows.append([f"`{name}`", str(next(iter(pairs.values()))["count"]), *cells])
+            count = str(next(iter(pairs.values()))["count"])
+            if about["precision"] != found["precision"]:  # than what it is compared with
+                count += f", {about['precision']}"
+            rows.append([f"`{name}`", count, *cells])
     return _table([f"minus `{against}`", "subjects", *(MEANS[name] for name in DIFFERENCES)], rows)
 
 

@@ -59,6 +59,8 @@ def find_base(spec: str) -> Path:
     Raises:
         BaseError: it is none of them; the message says what it is instead.
     """
+    if not spec.strip():
+        raise BaseError("base is empty: pass toybox, a diffusers folder, a file or a hub id")
     if spec == TOYBOX:
         from dbadapter import toybox
 

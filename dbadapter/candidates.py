@@ -19,6 +19,7 @@ from dbadapter.errors import AdapterError, BaseError, ConfigError, UsageError
 __all__ = [
     "Candidate",
     "check_candidates",
+    "check_model",
     "load_candidate",
     "pipeline_of",
     "told_apart",
@@ -70,7 +71,7 @@ def load_candidate(path: str | Path, class_noun: str, identifier: str | None = N
             rf"\s+{re.escape(class_noun.strip())}$", "", identifier.strip(), flags=re.IGNORECASE
         )
     if path.is_dir():
-        _check_model(path)
+        check_model(path)
         told, noun = _words_of_the_run(path)
         if told and identifier and identifier != told:
             _warn_of_words(path, told, identifier)
@@ -104,7 +105,12 @@ def load_candidate(path: str | Path, class_noun: str, identifier: str | None = N
     return Candidate(path.stem, path, subject, adapter, path.stat().st_size)
 
 
-def _check_model(folder: Path) -> None:
+def check_model(folder: Path) -> None:
+    """Pass if a folder holds a model.
+
+    Raises:
+        BaseError: it holds none; the message names what to pass instead.
+    """
     if (folder / "model_index.json").is_file():
         return
     if (folder / "model" / "model_index.json").is_file():
@@ -167,7 +173,7 @@ def check_candidates(base: Base, candidates: Sequence[Candidate]) -> None:
             except AdapterError as error:
                 raise AdapterError(f"{candidate.path}: {error}") from error
         else:
-            family = load_base(str(candidate.path)).family
+            family = _load_tuned(candidate).family
             if family != base.family:
                 raise BaseError(
                     f"{candidate.path} is of the family {family}, the base of {base.family}: pass the --base "
@@ -179,7 +185,7 @@ def check_candidates(base: Base, candidates: Sequence[Candidate]) -> None:
 def pipeline_of(base: Base, candidate: Candidate) -> Iterator[Any]:
     """Give the candidate's pipeline; the base is as it was afterwards."""
     if candidate.adapter is None:
-        pipeline = load_base(str(candidate.path)).pipeline
+        pipeline = _load_tuned(candidate).pipeline
         pipeline.scheduler = _sampler_for(pipeline.scheduler.config, base.pipeline.scheduler)
         yield pipeline
         return
@@ -188,6 +194,14 @@ def pipeline_of(base: Base, candidate: Candidate) -> Iterator[Any]:
         yield base.pipeline
     finally:
         lora.apply(base.pipeline, {})
+
+
+def _load_tuned(candidate: Candidate) -> Base:
+    """Return a tuned model, which loads as a base does and is not called one where it cannot."""
+    try:
+        return load_base(str(candidate.path))
+    except BaseError as error:
+        raise BaseError(re.sub(r"^base:? ", "tuned model ", str(error))) from error
 
 
 def _sampler_for(trained: Mapping[str, Any], sampler: Any) -> Any:

@@ -14,6 +14,7 @@ if typing.TYPE_CHECKING:
 
 __all__ = [
     "AUTO",
+    "CONTROL_CHARACTERS",
     "LOGGERS",
     "LR_SCHEDULERS",
     "OPTIMIZERS",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 AUTO = "auto"
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")  # and ends of lines
 PRIORS = ("distill", "generated", "none")
 PRIOR_SOURCES = ("sampled", "instance")
 TARGETS = ("attention", "feed-forward", "proj", "conv")
@@ -123,6 +125,8 @@ def _text_faults(config: TrainConfig) -> Iterator[str]:
     elif stem is not None and len(stem) > MOST_NAME:
         yield f"name must have at most {MOST_NAME} characters, got {len(stem)}: pass a shorter name"
     for field in dataclasses.fields(config):
+        if field.name in ("class_noun", "class_nouns"):  # noun_faults says so
+            continue
         value = getattr(config, field.name)
         for text in value if isinstance(value, tuple) else (value,):
             if isinstance(text, str | Path) and not _is_unicode(str(text)):
@@ -133,10 +137,12 @@ def noun_faults(name: str, noun: str) -> Iterator[str]:
     """Say what is wrong with a word that prompts are made of, under the name that it is given by."""
     if not noun.strip():
         yield f"{name} must say what the subject is, e.g. dog, got nothing"
-    elif re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", noun):
+    elif not _is_unicode(noun):
+        yield f"{name} must be valid Unicode, got {noun!r}: write it again"
+    elif CONTROL_CHARACTERS.search(noun):
         yield f"{name} must be one line without control characters, got {noun!r}"
     elif "{" in noun or "}" in noun:
-        yield f"{name} must be a word without braces, e.g. dog, got {noun!r}"
+        yield f"{name} must be a word without braces, got {noun!r}"
 
 
 def _classifier_faults(config: TrainConfig) -> Iterator[str]:

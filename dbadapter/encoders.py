@@ -114,8 +114,6 @@ def load_encoder(spec: str = DEFAULT_ENCODER, device: str = "cpu") -> Encoder:
         judges = load_judges()
         accuracy = {"instance": judges.accuracy["instance"]}
         return Encoder(spec, lambda pictures: judges.embed(tensor_of(pictures)), accuracy=accuracy)
-    if "/" not in spec and (near := get_close_matches(spec, (DEFAULT_ENCODER, TOYBOX_JUDGES), cutoff=0.8)):
-        raise UsageError(f"there is no encoder {spec}: did you mean {near[0]}?")
     model, processor = _of_transformers(spec, device)
     if hasattr(model, "get_image_features"):
         return _tried(
@@ -275,14 +273,15 @@ def _square(picture: Image, side: int) -> Tensor:
 def _of_transformers(spec: str, device: str) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, AutoModel, AutoProcessor
 
+    folder = _found(spec)
     try:
         # Neither pickles nor code from the folder; the library would ask, in the middle of a command.
         model: Any
         model, info = AutoModel.from_pretrained(
-            spec, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
         kind = AutoProcessor if hasattr(model, "get_text_features") else AutoImageProcessor
-        processor = kind.from_pretrained(spec, trust_remote_code=False)
+        processor = kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # third-party loaders raise anything
         raise UsageError(
             f"encoder {spec} cannot be loaded ({_reason(error)}): {_CURE} with model.safetensors"
@@ -296,6 +295,26 @@ def _of_transformers(spec: str, device: str) -> tuple[Any, Any]:
     return model.to(device).eval().requires_grad_(False), processor
 
 
+def _found(spec: str) -> Path:
+    """Return the folder of an encoder, fetched from the hub if need be: that fails at once where it must."""
+    from huggingface_hub import snapshot_download
+
+    if "/" not in spec and (near := get_close_matches(spec, (DEFAULT_ENCODER, TOYBOX_JUDGES), cutoff=0.8)):
+        raise UsageError(f"there is no encoder {spec}: did you mean {near[0]}?")
+    path = Path(spec)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", spec) or path.exists():
+        raise UsageError(f"encoder {spec}: no such folder; {_CURE}")
+    try:
+        return Path(snapshot_download(spec, allow_patterns=["*.json", "*.txt", "model*.safetensors"]))
+    except Exception as error:  # huggingface_hub has many kinds, httpx its own
+        raise UsageError(
+            f"encoder {spec}: no such folder, and it cannot be fetched from the hub ({_reason(error)}); pass "
+            "a folder, or check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
+        ) from error
+
+
 def _tried(spec: str, encoder: Encoder) -> Encoder:
     """Return the encoder if it makes one finite vector of a picture, and of a text if it takes them."""
     from PIL.Image import new as new_picture
@@ -306,7 +325,9 @@ def _tried(spec: str, encoder: Encoder) -> Encoder:
             found.append(encoder.embed_text(["a photo"]))
     except Exception as error:  # models of other kinds raise anything
         raise UsageError(f"encoder {spec} embeds no pictures ({_reason(error)}): {_CURE}") from error
-    if any(vectors.ndim != 2 or not vectors.isfinite().all() for vectors in found):
+    if any(vectors.ndim != 2 for vectors in found):
+        raise UsageError(f"encoder {spec} makes no single vector of a picture: {_CURE}")
+    if not all(vectors.isfinite().all() for vectors in found):
         raise UsageError(f"encoder {spec} makes no finite vector of a picture: {_CURE}")
     return encoder
 

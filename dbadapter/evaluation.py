@@ -64,6 +64,10 @@ class Settings:
         for name in ("num_images_per_prompt", "num_class_images"):
             if not 1 <= getattr(self, name) <= MOST_IMAGES:
                 raise UsageError(f"{name} must be from 1 to {MOST_IMAGES}, got {getattr(self, name)}")
+        if self.guidance_scale is not None and not (
+            math.isfinite(self.guidance_scale) and self.guidance_scale >= 0
+        ):
+            raise UsageError(f"guidance_scale must be 0 or more, got {self.guidance_scale:g}")
 
 
 def load_photographs(folder: str | Path, side: int) -> list[Image.Image]:

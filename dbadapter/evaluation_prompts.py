@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dbadapter.config import indefinite
+from dbadapter.config_checks import CONTROL_CHARACTERS
 from dbadapter.errors import DataError
 
 __all__ = ["LIVE", "OBJECT", "UNRELATED", "Prompts", "choose_prompts", "read_prompts"]
@@ -136,10 +137,11 @@ def read_prompts(file: Path) -> tuple[str, ...]:
         DataError: it cannot be read, holds none or too many, or a line has no place for the subject.
     """
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file} cannot be read ({error}); give a text file, one prompt a line") from None
-    found: dict[str, int] = {}
+    found: list[str] = []
+    seen: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         template = line.strip().replace("{subject}", "{}")
         if not template or template.startswith("#"):
@@ -149,11 +151,14 @@ def read_prompts(file: Path) -> tuple[str, ...]:
                 f"{file}, line {number}: a prompt must hold {{}} once, where the subject goes, "
                 f"got {line.strip()[:60]!r}"
             )
-        if re.search(r"[\x00-\x1f\x7f]", template):
+        if CONTROL_CHARACTERS.search(template):
             raise DataError(f"{file}, line {number}: a prompt must hold no control characters")
-        if template in found:  # it would count as another, and make every interval too narrow
-            raise DataError(f"{file}, line {number}: the prompt of line {found[template]} again: drop one")
-        found[template] = number
+        # It would count as another, and make every interval too narrow; tokenizers know no capitals.
+        key = " ".join(template.casefold().split())
+        if key in seen:
+            raise DataError(f"{file}, line {number}: the prompt of line {seen[key]} again: drop one")
+        seen[key] = number
+        found.append(template)
     if not 1 <= len(found) <= _MOST:
         raise DataError(f"{file} must hold 1 to {_MOST} prompts, one a line, got {len(found)}")
     return tuple(found)

@@ -198,7 +198,7 @@ def _heading(report: Mapping[str, Any]) -> Html:
         "Base": user_text(str(report.get("base", "not told"))),
         "Image encoder": user_text(report["image_encoder"]),
         "Judge of prompts": user_text(report["text_image_encoder"]),
-        "Drawn": f"{len(settings['prompts'])} prompts \u00d7 {settings['num_images_per_prompt']} seeds each",
+        "Prompts \u00d7 seeds": f"{len(settings['prompts'])} \u00d7 {settings['num_images_per_prompt']}",
         "Date": report.get("date"),
     }
     shown = (

@@ -267,7 +267,7 @@ def _difference_row(entry: Mapping[str, Any], axis: Axis, style: str) -> Html:
         element("td", signed(value)),
         element("td", *interval, cls="range"),
         element("td", plot, cls="plot"),
-        element("td", _verdict(key, value, shown), cls="words"),
+        element("td", _verdict(key, value, shown) if known else "not known", cls="words"),
         cls="shown" if shown else None,
     )
 

@@ -324,7 +324,7 @@ def _denoise(
     if not np.isfinite(values).all():  # as a PNG it would be a silent black picture
         raise BaseError(
             "the model gave values that are not finite (NaN); use float32, another VAE, or a smaller weight "
-            "of the adapter"
+            "of the adapter if there is one"
         )
     return [Image.fromarray(np.round(value * 255).astype(np.uint8)) for value in values]
 

@@ -148,7 +148,8 @@ def test_precisions_are_not_mixed(tmp_path: Path) -> None:
     found = summary(whole)
     assert found["precision"] == main_precision(whole) == PRECISION
     assert found["methods"]["adapter"]["score"]["value"] == 0.5
-    assert found["other_rates"] == []
+    there = {(each["method"], each["precision"]): each["score"]["value"] for each in found["other_rates"]}
+    assert there == {("full", OTHER): 0.6}  # in no other precision at that rate
     beside = found["other_precisions"][OTHER]
     assert beside["adapter"]["score"]["value"] == 0.7
     assert beside["adapter"]["minus_main_precision"]["score"]["value"] == 0.2
@@ -169,7 +170,12 @@ def test_precisions_are_not_mixed(tmp_path: Path) -> None:
     rows = {row.split(" | ")[0]: row for row in quality_table.means(tmp_path / "q.json").splitlines()}
     assert f"| 3 x 1, {OTHER} |" in rows["| `rank-1`: adapter, rank 1"]
     assert rows["| `rank-1`: adapter, rank 1"].endswith(" | .80 |  |  | 0 kB |")
+    assert f"| `rank-1` | 3, {OTHER} |" in quality_table.compared(path=tmp_path / "q.json")
     assert "| 3 x 1 |" in rows["| `full`: full fine-tuning, UNet and text encoder"]
+    once = [run for run in searches() if run["subject"] == SEARCH_SUBJECTS[0].name]
+    again = [{**run, "precision": OTHER, "score": 0.1} for run in once]
+    best = RATES["rank-1"]  # its one subject twice: (0.9 + 0.1) / 2, the other 0.9
+    assert search([*searches(), *again])["rank-1"][f"{best:g}"]["score"] == 0.7
     searched = [{**run, "precision": OTHER} for run in searches()]
     assert best_rates(searched) == RATES  # the search may be in any
     assert main_precision([]) is None

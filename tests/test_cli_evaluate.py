@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from contextlib import suppress
@@ -15,7 +16,8 @@ from evaluated import draw_photographs, write_adapters
 
 from dbadapter.base import load_base
 from dbadapter.cli import main
-from dbadapter.errors import UsageError
+from dbadapter.cli.report_files import refuse_input
+from dbadapter.errors import BaseError, UsageError
 from dbadapter.evaluation import Settings
 from dbadapter.sampling import MOST_IMAGES
 
@@ -88,7 +90,8 @@ def test_a_reader_who_goes_away_leaves_the_files(
         (("--tuned", "peft"), "is a PEFT folder: make a file of it with dbadapter convert"),
         (("--compare", "peft"), "is a PEFT folder: make a file of it with dbadapter convert"),
         (("--adapter", "dog.safetensors", "--image-encoder", "toybox-judge"), "did you mean toybox-judges?"),
-        (("--adapter", "."), "is a folder: pass a fully tuned model's with --tuned"),
+        (("--adapter", "adapter-run"), "for its adapter pass adapter-run/mine.safetensors"),
+        (("--adapter", "run/model"), "run/model is a fully tuned model's folder: pass it with --tuned"),
         (("--tuned", "dog.safetensors"), "is a folder in diffusers' layout; pass an adapter's file"),
         (("--tuned", "nope"), "--tuned nope does not exist: give a tuned model's folder"),
         (("--tuned", "empty"), "empty holds no model: there is no model_index.json in it"),
@@ -102,9 +105,21 @@ def test_a_reader_who_goes_away_leaves_the_files(
         (("--adapter", "dog.safetensors", "--class-noun", " Auto"), "--class-noun auto is for train"),
         (("--adapter", "dog.safetensors", "--identifier", "s\nks"), "--identifier must be one line"),
         (("--adapter", "dog.safetensors", "--identifier", " "), "--identifier is empty: leave it out"),
+        (("--adapter", "dog.safetensors", "--identifier", "\udcff"), "--identifier must be valid Unicode"),
+        (("--adapter", "dog.safetensors", "--base", ""), "base is empty: pass toybox"),
+        (("--adapter", "dog.safetensors", "--guidance-scale", "nan"), "guidance_scale must be 0 or more"),
+        (("--adapter", "dog.safetensors", "--image-encoder", "./nope"), "encoder ./nope: no such folder"),
+        (
+            ("--adapter", "dog.safetensors", "--text-image-encoder", "toybox-judge"),
+            "did you mean toybox-judges?",
+        ),
+        (
+            ("--adapter", "dog.safetensors", "--json", "dog.json", "--overwrite"),
+            "dog.json is an input of this command, or belongs to one",
+        ),
         (
             ("--tuned", "run/model", "--json", "run/model/model_index.json", "--overwrite"),
-            "run/model/model_index.json is a file of run/model, an input of this command",
+            "run/model/model_index.json belongs to run/model, a model that is read",
         ),
         (
             ("--tuned", "run/model", "--json", "run/config.toml", "--overwrite"),
@@ -147,6 +162,91 @@ def test_refusals_are_one_line(
     assert (files / "dog.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        ("adapter.safetensors", "adapter.safetensors is an input of this command"),
+        ("link.safetensors", "link.safetensors is an input of this command"),
+        ("adapter.json", "adapter.json is an input of this command, or belongs to one"),
+        ("model/unet/weights", "model/unet/weights belongs to model"),
+        ("blobs/weights", "blobs/weights belongs to model"),
+        ("linked/new.html", "linked/new.html belongs to model"),
+        ("pictures/0.png", "pictures/0.png belongs to pictures, where it would count as a photograph"),
+        ("store/0.png", "store/0.png belongs to pictures"),
+        ("pictures/1.txt", "pictures/1.txt belongs to pictures"),
+        ("pictures/report.json", None),
+        ("other/report.html", None),
+        ("model.html", None),
+    ],
+)
+def test_outputs_that_lead_to_what_is_read(
+    output: str, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Links as in the hub's cache, whose models are links to blobs."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("model/unet", "blobs", "pictures", "store"):
+        Path(folder).mkdir(parents=True)
+    for file in ("adapter.safetensors", "blobs/weights", "store/0.png"):
+        Path(file).touch()
+    for link, target in (
+        ("link.safetensors", "adapter.safetensors"),
+        ("model/unet/weights", "../../blobs/weights"),
+        ("linked", "model"),
+        ("pictures/0.png", "../store/0.png"),
+    ):
+        Path(link).symlink_to(target)
+    words = (
+        [Path("link.safetensors"), Path("adapter.json")],
+        [Path("model"), Path("nope")],
+        Path("pictures"),
+    )
+    if said is None:
+        refuse_input(Path(output), *words)
+    else:
+        with pytest.raises(UsageError, match=re.escape(said)):
+            refuse_input(Path(output), *words)
+
+
+def test_the_words_of_a_run_are_found_through_links(tmp_path: Path, photographs: Path) -> None:
+    (tmp_path / "run/model").mkdir(parents=True)
+    (tmp_path / "run/model/model_index.json").write_text("{}")
+    (tmp_path / "run/config.toml").write_text('identifier = "sks"\n')
+    (tmp_path / "link").symlink_to("run/model")
+    words = ["--instance-data-dir", str(photographs), "--tuned", str(tmp_path / "link"), "--overwrite"]
+    done = run(*words, "--json", str(tmp_path / "run/config.toml"))
+    assert "run/config.toml is an input of this command" in done.stderr
+    assert (tmp_path / "run/config.toml").read_text() == 'identifier = "sks"\n'
+
+
+def test_the_prediction_type_is_the_bases(
+    photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def load(spec: str, **options: Any) -> Any:
+        asked.update(options, spec=spec)
+        raise BaseError("enough")
+
+    monkeypatch.setattr("dbadapter.base.load_base", load)
+    words = ["--instance-data-dir", str(photographs), "--adapter", str(files / "dog.safetensors")]
+    assert "enough" in run(*words, "--base", "x", "--prediction-type", "v_prediction").stderr
+    assert asked == {"spec": "x", "prediction_type": "v_prediction"}
+
+
+def test_judges_of_toybox_are_told_to_know_nothing_else(
+    tiny_base_folder: Path, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def enough(*_: Any, **__: Any) -> None:
+        raise BaseError("enough")
+
+    monkeypatch.setattr("dbadapter.evaluation.evaluate", enough)
+    words = ["--instance-data-dir", str(photographs), "--adapter", str(files / "dog.safetensors")]
+    words += ["--base", str(tiny_base_folder), "--image-encoder", "toybox-judges"]
+    said = run(*words).stderr
+    assert "Warning: toybox-judges know toybox's pictures alone" in said
+    assert "enough" in said
+
+
 @pytest.mark.parametrize("name", ["photograph", "prompts.txt"])
 def test_overwrite_spares_what_is_read(name: str, photographs: Path, files: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(photographs, tmp_path / "photographs")
@@ -155,7 +255,7 @@ def test_overwrite_spares_what_is_read(name: str, photographs: Path, files: Path
     before = path.read_bytes()
     words = ["--instance-data-dir", str(folder), "--prompts", str(tmp_path / "prompts.txt")]
     done = run(*words, "--adapter", str(files / "dog.safetensors"), "--report", str(path), "--overwrite")
-    assert f"{path} is an input of this command" in done.stderr
+    assert f"{path} {'belongs to' if name == 'photograph' else 'is an input of'}" in done.stderr
     assert path.read_bytes() == before
 
 

@@ -153,7 +153,7 @@ def test_a_model_that_embeds_no_pictures_is_refused_before_anything_is_drawn(tmp
     convolutions = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
     ResNetModel(convolutions).save_pretrained(tmp_path / "resnet")
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "resnet")
-    with pytest.raises(UsageError, match="makes no finite vector of a picture"):
+    with pytest.raises(UsageError, match="makes no single vector of a picture"):
         encoders.load_encoder(str(tmp_path / "resnet"))
 
 

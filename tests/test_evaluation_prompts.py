@@ -40,6 +40,12 @@ def test_a_file_of_prompts(tmp_path: Path) -> None:
     file.write_text("a {} x\n\na {subject} x\n")
     with pytest.raises(DataError, match="line 3: the prompt of line 1 again: drop one"):
         read_prompts(file)
+    file.write_text("a {} x\nA {}  X\n")  # the same tokens
+    with pytest.raises(DataError, match="line 2: the prompt of line 1 again: drop one"):
+        read_prompts(file)
+    file.write_text("a {} on\u2028grass {}\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"line 1: a prompt must hold \{\} once"):
+        read_prompts(file)
     file.write_text("a {} \0 x\n")
     with pytest.raises(DataError, match="line 1: a prompt must hold no control characters"):
         read_prompts(file)

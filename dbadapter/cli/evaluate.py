@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
+from collections.abc import Iterator
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -129,13 +131,18 @@ def evaluate(
     for option, word in {"--class-noun": class_noun, "--identifier": identifier}.items():
         if word is not None and (fault := next(noun_faults(option, word), None)):
             raise UsageError(fault)
+    class_noun = class_noun.strip()
+    identifier = identifier.strip() if identifier is not None else None
     if kind is not None and prompts_file is not None:
         raise UsageError(
             "--kind chooses one of DreamBooth's lists, and --prompts gives another: leave one out"
         )
     _refuse_peft_folders(paths)
     if adapter is not None and adapter.is_dir():
-        raise UsageError(f"--adapter {adapter} is a folder: pass a fully tuned model's with --tuned")
+        from dbadapter.candidates import check_model
+
+        check_model(adapter)  # says which file of it is an adapter
+        raise UsageError(f"--adapter {adapter} is a fully tuned model's folder: pass it with --tuned")
     if tuned is not None and not tuned.exists():
         raise UsageError(f"--tuned {tuned} does not exist: give a tuned model's folder")
     if tuned is not None and tuned.is_file():
@@ -144,12 +151,13 @@ def evaluate(
             "file with --adapter"
         )
     check_outputs(json_path, report_path, overwrite)
-    models = [spec for spec in (base, image_encoder, text_image_encoder) if spec and spec != "toybox"]
-    inputs = [*paths, *map(Path, models), *([prompts_file] if prompts_file else [])]
-    inputs += [path.absolute().parent / "config.toml" for path in paths if path.is_dir()]  # the run's words
+    specs = [Path(spec) for spec in (base, image_encoder, text_image_encoder) if spec and spec != "toybox"]
+    models = [*paths, *specs]
+    models += [spec.with_suffix("") for spec in specs if spec.is_file()]  # a single file's configurations
+    files = [*paths, *specs, *([prompts_file] if prompts_file else []), *_files_of_runs(paths)]
     for path in (json_path, report_path):
         if path is not None:
-            refuse_input(path, inputs, instance_data_dir)
+            refuse_input(path, files, models, instance_data_dir)
     from dbadapter.evaluation_report import ReportPictures, finite, report_page
 
     # What is drawn is kept only where it is shown.
@@ -198,9 +206,20 @@ def _report(
     from dbadapter import evaluation
     from dbadapter.base import load_base
     from dbadapter.candidates import load_candidate, told_apart
-    from dbadapter.encoders import default_encoder, default_prompt_judge, load_encoder, load_prompt_judge
+    from dbadapter.encoders import (
+        TOYBOX_JUDGES,
+        default_encoder,
+        default_prompt_judge,
+        load_encoder,
+        load_prompt_judge,
+    )
     from dbadapter.evaluation_prompts import choose_prompts, default_prompts, read_prompts
+    from dbadapter.photographs import find_photographs
 
+    # What can be refused is refused before a model is fetched.
+    how = evaluation.Settings(**settings)
+    templates = read_prompts(prompts_file) if prompts_file else None
+    find_photographs(instance_data_dir)
     candidates = told_apart([load_candidate(path, class_noun, identifier) for path in paths])
     names = [candidate.name for candidate in candidates]
     if "base" in names:
@@ -213,6 +232,12 @@ def _report(
     loaded = load_base(base, prediction_type=prediction_type)
     if kind is not None and loaded.family == "toybox":
         warnings.warn("toybox has prompts of its own: --kind does nothing there", UserWarning, stacklevel=2)
+    if loaded.family != "toybox" and TOYBOX_JUDGES in (image_encoder, text_image_encoder):
+        warnings.warn(
+            f"{TOYBOX_JUDGES} know toybox's pictures alone: of another base's their figures mean nothing",
+            UserWarning,
+            stacklevel=2,
+        )
     device = loaded.device.type
     encoder = load_encoder(image_encoder or default_encoder(loaded.family), device)
     judged_by = text_image_encoder or default_prompt_judge(loaded.family)
@@ -221,8 +246,8 @@ def _report(
     if pictures is not None:
         pictures.add_photographs(photographs)
     prompts = default_prompts(loaded.family, class_noun, kind or "object")
-    if prompts_file:
-        prompts = choose_prompts(class_noun, read_prompts(prompts_file), prompts.unrelated)
+    if templates is not None:
+        prompts = choose_prompts(class_noun, templates, prompts.unrelated)
     with progress_bars() as progress:
         report = evaluation.evaluate(
             loaded,
@@ -232,7 +257,7 @@ def _report(
             class_noun=class_noun,
             encoder=encoder,
             prompt_judge=judge,
-            settings=evaluation.Settings(**settings),
+            settings=how,
             progress=progress,
             on_pictures=pictures.add if pictures is not None else None,
         )
@@ -292,6 +317,15 @@ def _interval(figure: Any, sign: str = "") -> str:
 def _decimal(value: float, sign: str = "") -> str:
     shown = f"{value:{sign}.3f}"
     return shown if float(shown) else f"{0:{sign}.3f}"  # no -0.000
+
+
+def _files_of_runs(paths: list[Path]) -> Iterator[Path]:
+    """Yield what training left beside adapters and tuned models, there or not: notes, picture, settings."""
+    for path in paths:
+        if path.is_dir():
+            yield Path(os.path.realpath(path)).parent / "config.toml"
+        else:
+            yield from (path.with_suffix(".json"), path.with_suffix(".png"), path.parent / "config.toml")
 
 
 def _refuse_peft_folders(paths: list[Path]) -> None:

@@ -37,24 +37,45 @@ def check_outputs(json_path: Path | None, report_path: Path | None, overwrite: b
             raise UsageError("of --json and --report one lies in the other: give each a name of its own")
 
 
-def refuse_input(path: Path, inputs: Sequence[Path], photographs: Path) -> None:
-    """Refuse an output that is what the command reads; `--overwrite` would destroy it.
+def refuse_input(path: Path, files: Sequence[Path], models: Sequence[Path], photographs: Path) -> None:
+    """Refuse an output that would replace what the command reads, or would be read the next time.
+
+    Links count as what they lead to and as where they lie: a model from the hub's cache is made of them.
 
     Args:
-        path: of the output.
-        inputs: files, and folders of models, in which nothing that exists is replaced.
-        photographs: their folder, in which only pages and figures may be replaced.
+        path: of the output, there already or not.
+        files: none of which it may be.
+        models: their folders, in which nothing is written; those that are not there count for nothing.
+        photographs: their folder, in which a page and figures may lie, but no picture, caption or mask.
     Raises:
-        UsageError: it is one of them.
+        UsageError: it is, or would be, one of them.
     """
-    if not path.exists():
-        return
-    there = path.resolve()
-    of_photographs = there.parent == photographs.resolve() and path.suffix.lower() not in (".json", ".html")
-    if of_photographs or any(there == each.resolve() for each in inputs):
-        raise UsageError(f"{path} is an input of this command: give the output a name of its own")
-    if within := next((each for each in inputs if each.is_dir() and each.resolve() in there.parents), None):
-        raise UsageError(f"{path} is a file of {within}, an input of this command: put the output elsewhere")
+    if any(_places(path) & _places(file) for file in files):
+        raise UsageError(
+            f"{path} is an input of this command, or belongs to one: give the output another name"
+        )
+    for folder in models:
+        if _holds(folder, path):
+            raise UsageError(f"{path} belongs to {folder}, a model that is read: put the output elsewhere")
+    if path.suffix.lower() not in (".json", ".html") and _holds(photographs, path):
+        raise UsageError(
+            f"{path} belongs to {photographs}, where it would count as a photograph or its caption: put the "
+            "output elsewhere"
+        )
+
+
+def _places(path: Path) -> set[Path]:
+    """Return where a path leads and where it lies; links to itself are left as they are."""
+    return {Path(os.path.realpath(path)), Path(os.path.realpath(path.parent), path.name)}
+
+
+def _holds(folder: Path, path: Path) -> bool:
+    """Tell whether a path is in a folder, or one of its files, or of its folders' files, leads to it."""
+    if not folder.is_dir():
+        return False
+    end, places = Path(os.path.realpath(folder)), _places(path)
+    led_to = {Path(os.path.realpath(each)) for pattern in ("*", "*/*") for each in folder.glob(pattern)}
+    return any(end in place.parents for place in places) or bool(places & led_to)
 
 
 def _check_writable(path: Path, option: str) -> None:
