@@ -122,7 +122,7 @@ def test_train_says_what_it_made(train_words: list[str | Path], tmp_path: Path) 
     assert result.stderr == ""
     adapter = tmp_path / "out" / "out.safetensors"
     assert f"Adapter: {adapter}\n" in result.stdout
-    assert result.stdout.startswith("2 steps in ")
+    assert result.stdout.startswith("2 steps, ")
     before = {path: path.read_bytes() for path in tree(tmp_path) if path.is_file()}
     assert_refused(run(*words), 1, "out", "--overwrite")
     assert {path: path.read_bytes() for path in tree(tmp_path) if path.is_file()} == before

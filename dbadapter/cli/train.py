@@ -80,7 +80,7 @@ def _say(result: TrainResult) -> None:
                    "--max-train-steps")  # fmt: skip
     else:
         click.echo(
-            f"{result.steps} steps in {result.seconds:.0f} s, {result.peak_memory_mb:.0f} MB at the peak"
+            f"{result.steps} steps, {result.seconds:.0f} s in all, {result.peak_memory_mb:.0f} MB at the peak"
         )
     base = "" if config.base == TrainConfig.base else f" --base {shlex.quote(config.base)}"
     if config.prediction_type is not None:
