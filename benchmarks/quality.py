@@ -74,10 +74,10 @@ def run(bench: Bench, work: Work, *, quick: bool) -> dict[str, Any]:
     }
 
 
-def _done(work: Work, path: Path) -> bool:
-    """Return whether a run is there already; of the search in any precision, as any counts."""
+def _done(work: Work, path: Path, *, in_any: bool) -> bool:
+    """Return whether a run is there already, in its own precision or in any."""
     keys = {run["key"] for run in fresh(read_runs(path))}
-    wanted = PRECISIONS if work.stage == "search" else (work.precision,)
+    wanted = PRECISIONS if in_any else (work.precision,)
     return any(replace(work, precision=precision).key in keys for precision in wanted)
 
 
@@ -108,7 +108,8 @@ def _wait_for_search(runs: Path, methods: Sequence[str], start: float, seconds: 
     type=click.Choice(("auto", "no", "bf16")),
     default="auto",
     show_default=True,
-    help="Of training, as `train` takes it; runs of one precision are not mixed with others.",
+    help="Of training, as `train` takes it; auto: what the machine has, and runs in any precision are not "
+    "run again.",
 )
 @click.option("--part", default="1/1", show_default=True, help="Which share of the runs, for two processes.")
 @click.option("--seconds", type=float, help="Start no run after so long.")
@@ -144,7 +145,8 @@ def main(
     label = PRECISIONS[precision]
     if stage != "summary" and label != (of_most := main_precision(fresh(read_runs(runs_path))) or label):
         click.echo(
-            f"{runs_path} holds runs in {of_most}; those in {label} are made beside them and told apart",
+            f"{runs_path} holds runs in {of_most}; what is missing is run in {label}, its seconds and memory "
+            "count nowhere",
             err=True,
         )
     start = time.perf_counter()
@@ -162,7 +164,9 @@ def main(
             work_list = [w for w in work_list if w.stage == "search" or w.subject == SUBJECTS[0]]
         mine = share(list(dict.fromkeys(work.subject for work in work_list)), process)
         for work in work_list:
-            if work.subject not in mine or str(work.seed) not in chosen or _done(work, runs_path):
+            if work.subject not in mine or str(work.seed) not in chosen:
+                continue
+            if _done(work, runs_path, in_any=name == "search" or mixed_precision == "auto"):
                 continue
             if seconds is not None and time.perf_counter() - start > seconds:
                 break

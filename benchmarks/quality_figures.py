@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -102,10 +103,22 @@ def best_rates(runs: Sequence[Run]) -> dict[str, float]:
 
 
 def main_precision(runs: Sequence[Run]) -> str | None:
-    """Return the precision of most runs of the comparison, or of the search if there is none yet."""
-    compared = [run for run in runs if run["stage"] == "compare"]
+    """Return the precision that most runs of the defaults are in, or of all runs if there is none yet."""
+    compared = [run for run in runs if (run["stage"], run["method"]) == ("compare", DEFAULT)]
     counts = Counter(run["precision"] for run in compared or runs)
     return counts.most_common(1)[0][0] if counts else None
+
+
+def _one_each(runs: Sequence[Run], main: str | None) -> list[Run]:
+    """Return one run of each method, rate, subject and seed: that in the main precision if there is one."""
+    found: dict[tuple[Any, ...], Run] = {}
+    for run in sorted(runs, key=lambda run: run["precision"] != main):
+        found.setdefault(_what(run), run)
+    return list(found.values())
+
+
+def _what(run: Run, *more: str) -> tuple[Any, ...]:
+    return tuple(run[name] for name in ("method", "rate", "subject", "seed", *more))
 
 
 def forgotten(run: Run) -> float:
@@ -113,43 +126,48 @@ def forgotten(run: Run) -> float:
     return 1 - float(run["class_kept"] * run["class_spread"] * run["class_obedience"]) ** (1 / 3)
 
 
+def _value(run: Run, figure: str) -> float:
+    return forgotten(run) if figure == "forgotten" else float(run[figure])
+
+
 def table(runs: Sequence[Run], method: str, figure: str) -> Tensor:
     """Return a method's figure, shape (subjects, seeds): the seeds that every subject has."""
-    rows: dict[str, dict[int, float]] = {}
+    found = _shared([run for run in runs if run["method"] == method])
+    rows = {(run["subject"], run["seed"]): _value(run, figure) for run in found}
+    subjects, seeds = sorted({subject for subject, _ in rows}), sorted({seed for _, seed in rows})
+    values = [[rows[subject, seed] for seed in seeds] for subject in subjects]
+    return torch.tensor(values).reshape(len(subjects), len(seeds))
+
+
+def _shared(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs at the seeds that every subject has."""
+    seeds: dict[str, set[int]] = {}
     for run in runs:
-        if run["method"] == method:
-            value = forgotten(run) if figure == "forgotten" else run[figure]
-            rows.setdefault(run["subject"], {})[run["seed"]] = float(value)
-    if not rows:
-        return torch.zeros(0, 0)
-    shared = sorted(set.intersection(*(set(row) for row in rows.values())))
-    return torch.tensor([[rows[subject][seed] for seed in shared] for subject in sorted(rows)])
+        seeds.setdefault(run["subject"], set()).add(run["seed"])
+    shared = set.intersection(*seeds.values()) if seeds else set()
+    return [run for run in runs if run["seed"] in shared]
 
 
 def summary(runs: Sequence[Run]) -> dict[str, Any]:
     """Return the search, means with intervals over subjects, and differences from both main methods.
 
-    A method's runs at one rate are of one precision: the main one where it was run in it, else the one it was
-    run in, which its `precision` says. Its differences are then from runs in the main one, without seconds
-    and memory.
+    A run counts in the main precision where it was made in it, else in the other, which moves next to nothing
+    (`apart`); seconds and memory are of the main precision alone.
     """
     methods: dict[str, Any] = {}
     everything = fresh(runs)
     best, precision = best_rates(everything), main_precision(everything)
     compared = [run for run in everything if run["stage"] == "compare"]
+    counted = _one_each(compared, precision)
     # A search that went on may have found another rate: runs at the one before it are told apart.
-    at_best = [run for run in compared if run["rate"] == best.get(run["method"])]
-    elsewhere = [run for run in compared if run["rate"] != best.get(run["method"])]
-    shown = {name: _precision_of(at_best, name, precision) for name in METHODS}
-    runs = [run for run in at_best if run["precision"] == shown[run["method"]]]
-    beside = [run for run in at_best if run["precision"] != shown[run["method"]]]
-    others = [run for run in elsewhere if run["precision"] == precision]
+    runs = [run for run in counted if run["rate"] == best.get(run["method"])]
+    elsewhere = [run for run in counted if run["rate"] != best.get(run["method"])]
     for name, method in METHODS.items():
-        if not (figures := _figures(runs, name)):
+        if not (figures := _figures(runs, name, precision)):
             continue
         methods[name] = {"about": method.about, "options": list(method.options), **figures}
         for other in (DEFAULT, FULL):
-            if name != other and (pairs := _pairs(runs, name, other)):
+            if name != other and (pairs := _pairs(runs, name, other, precision)):
                 methods[name][f"minus_{other}"] = pairs
     # Of the base each subject counts once, however many runs it has.
     first_of = list({run["subject"]: run for run in runs if run["precision"] == precision}.values())
@@ -169,31 +187,32 @@ def summary(runs: Sequence[Run]) -> dict[str, Any]:
         "other_rates": _other_rates(elsewhere, runs, precision),
         "precision": precision,
         "other_precisions": {
-            other: _in_other_precision([run for run in beside if run["precision"] == other], runs)
+            other: _in_other_precision([run for run in compared if run["precision"] == other], runs)
             for other in sorted({run["precision"] for run in everything} - {precision})
         },
-        "targets": _targets(runs, others),
+        "apart": {name: _apart(compared, name) for name in ("precision", "seed")},
+        "targets": _targets(runs, elsewhere, precision),
     }
 
 
-def _precision_of(runs: Sequence[Run], method: str, main: str | None) -> str | None:
-    """Return the main precision if a method was run in it, else that of most of its runs."""
-    runs = [run for run in runs if run["method"] == method]
-    return main if any(run["precision"] == main for run in runs) else main_precision(runs)
+def _figures(runs: Sequence[Run], method: str, main: str | None) -> dict[str, Any]:
+    """Return a method's means with intervals, of runs at one rate; nothing if there are none.
 
-
-def _figures(runs: Sequence[Run], method: str) -> dict[str, Any]:
-    """Return a method's means with intervals, of runs at one rate; nothing if there are none."""
+    Args:
+        main: the precision that seconds and memory are of; None: of any.
+    """
     first = table(runs, method, "score")
     if not first.numel():
         return {}
-    of_it = next(run for run in runs if run["method"] == method)
+    of_it = [run for run in runs if run["method"] == method]
+    in_main = [run for run in of_it if main in (None, run["precision"])]
+    values = {figure: table(in_main if figure in COSTS else of_it, method, figure) for figure in FIGURES}
     return {
-        "learning_rate": of_it["rate"],
-        "precision": of_it["precision"],
+        "learning_rate": of_it[0]["rate"],
         "subjects": first.shape[0],
         "seeds": first.shape[1],
-        **{figure: _mean_of(table(runs, method, figure), figure) for figure in FIGURES},
+        "runs_in": dict(Counter(run["precision"] for run in _shared(of_it))),
+        **{figure: _mean_of(of_runs, figure) for figure, of_runs in values.items() if of_runs.numel()},
     }
 
 
@@ -203,70 +222,86 @@ def _other_rates(others: Sequence[Run], runs: Sequence[Run], precision: str | No
     Args:
         others: at such rates.
         runs: of all methods at their own, for the differences.
-        precision: the main one, of which a method's runs at a rate are if there are any.
+        precision: the main one.
     """
     found = []
     for name in METHODS:
         for rate in sorted({run["rate"] for run in others if run["method"] == name}):
             there = [run for run in others if (run["method"], run["rate"]) == (name, rate)]
-            there = [run for run in there if run["precision"] == _precision_of(there, name, precision)]
-            about = {"method": name, **_figures(there, name)}
+            about = {"method": name, **_figures(there, name, precision)}
             renamed = [{**run, "method": "there"} for run in there]
             for other in (DEFAULT, FULL):
-                if pairs := _pairs([*renamed, *runs], "there", other):
+                if pairs := _pairs([*renamed, *runs], "there", other, precision):
                     about[f"minus_{other}"] = pairs
             found.append(about)
     return found
 
 
-def _in_other_precision(runs: Sequence[Run], main: Sequence[Run]) -> dict[str, Any]:
-    """Return what methods reached in a precision, and how that differs from the main one and from adapters.
+def _in_other_precision(runs: Sequence[Run], counted: Sequence[Run]) -> dict[str, Any]:
+    """Return how what methods reached in a precision differs from the main one, and from adapters.
 
     Args:
-        runs: all in that precision, at every method's own rate.
-        main: in the main precision, at the same rates.
+        runs: all in that precision.
+        counted: those that count, at every method's own rate: in the main precision where there are any.
     """
+    of_main = {_what(run): run for run in counted if runs and run["precision"] != runs[0]["precision"]}
+    both = [run for run in runs if _what(run) in of_main]
     found: dict[str, Any] = {}
     for name in METHODS:
-        if not (figures := _figures(runs, name)):
+        if not (figures := _figures(both, name, None)):
             continue
         found[name] = figures
-        if name != DEFAULT and (pairs := _pairs(runs, name, DEFAULT)):
+        if name != DEFAULT and (pairs := _pairs(both, name, DEFAULT, None)):
             found[name][f"minus_{DEFAULT}"] = pairs
-        same = [{**run, "method": "the same"} for run in main if run["method"] == name]
-        if pairs := _pairs([*runs, *same], name, "the same", costs=True):
-            found[name]["minus_main_precision"] = pairs
+        same = [{**run, "method": "the same"} for run in of_main.values() if run["method"] == name]
+        found[name]["minus_main_precision"] = _pairs([*both, *same], name, "the same", None)
     return found
 
 
-def _pairs(runs: Sequence[Run], name: str, against: str, *, costs: bool = False) -> dict[str, Any]:
+def _apart(runs: Sequence[Run], what: str) -> dict[str, Any]:
+    """Return how far two runs lie apart that differ in `what` alone: the root mean square over such pairs.
+
+    Args:
+        what: "precision" or "seed".
+    """
+    alike: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        alike.setdefault(_what({**run, what: None}, "precision"), []).append(run)
+    pairs = [pair for each in alike.values() for pair in itertools.combinations(each, 2)]
+    found: dict[str, Any] = {"pairs": len(pairs)}
+    if pairs:
+        for figure in FIGURES:
+            if figure not in (*COSTS, "bytes"):
+                squares = [(_value(one, figure) - _value(other, figure)) ** 2 for one, other in pairs]
+                found[figure] = round((sum(squares) / len(squares)) ** 0.5, 4)
+    return found
+
+
+def _pairs(runs: Sequence[Run], name: str, against: str, main: str | None) -> dict[str, Any]:
     """Return the differences from another method, of subjects' means over the seeds that both have.
 
     Args:
-        costs: seconds and memory as well if the two are of different precisions.
+        main: the precision that seconds and memory are of; None: of any.
     """
-    both = _done(runs, name) & _done(runs, against)
-    shared = [run for run in runs if (run["subject"], run["seed"]) in both]
-    if not both:
-        return {}
     found = {}
-    costs = costs or len({run["precision"] for run in shared if run["method"] in (name, against)}) == 1
     for figure in FIGURES:
-        if figure in COSTS and not costs:
-            continue
+        of_figure = [run for run in runs if main in (None, run["precision"])] if figure in COSTS else runs
+        both = _done(of_figure, name) & _done(of_figure, against)
+        shared = [run for run in of_figure if (run["subject"], run["seed"]) in both]
         one, other = table(shared, name, figure), table(shared, against, figure)
         if one.shape == other.shape and one.numel():
             found[figure] = _rounded(metrics.difference(_of_subjects(one), _of_subjects(other), shares=False))
     return found
 
 
-def _targets(runs: Sequence[Run], others: Sequence[Run]) -> dict[str, Any]:
+def _targets(runs: Sequence[Run], others: Sequence[Run], main: str | None) -> dict[str, Any]:
     """Return what was to be reached, and whether it was, over the subjects and seeds that both sides have.
 
     Args:
         runs: at every method's own rate.
         others: at other rates; without a prior those at the defaults' rate count first, because its own is
             one at which little is learned.
+        main: the precision that memory is of.
     """
     ours, full, bare = DEFAULT, FULL, "adapter-no-prior"
     shared = _done(runs, ours) & _done(runs, full)
@@ -279,6 +314,8 @@ def _targets(runs: Sequence[Run], others: Sequence[Run]) -> dict[str, Any]:
     def of(method: str, figure: str) -> float:
         return float(table(runs_of_both, method, figure).mean())
 
+    in_main = [run for run in runs_of_both if run["precision"] == main]
+    memory = {method: float(table(in_main, method, "peak_memory_mb").mean()) for method in (ours, full)}
     theirs, own = (_of_subjects(table(runs_of_both, method, "subject_fidelity")) for method in (full, ours))
     of_full = metrics.estimate(theirs, shares=False)
     difference = metrics.difference(theirs, own, shares=False)
@@ -302,8 +339,8 @@ def _targets(runs: Sequence[Run], others: Sequence[Run]) -> dict[str, Any]:
             "met": of(full, "bytes") >= 50 * of(ours, "bytes"),
         },
         "memory_below_full": {
-            "ratio": round(of(ours, "peak_memory_mb") / of(full, "peak_memory_mb"), 3),
-            "met": of(ours, "peak_memory_mb") < of(full, "peak_memory_mb"),
+            "ratio": round(memory[ours] / memory[full], 3),
+            "met": memory[ours] < memory[full],
         },
     }
 

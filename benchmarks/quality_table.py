@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.findings import RESULTS
 
-__all__ = ["chosen", "compared", "means", "others", "precisions", "searched"]
+__all__ = ["apart", "chosen", "compared", "means", "others", "precisions", "searched"]
 
 ENOUGH = 3  # subjects: of fewer nothing is known, and no row is shown
 SELECT = RESULTS / "select.json"
@@ -54,11 +54,15 @@ def others(path: Path = FILE) -> str:
 
 def _means_row(about: Mapping[str, Any], main: str) -> list[str]:
     shown = [_value(about[figure]["value"]) for figure in MEANS]
-    cost = [f"{about[figure]['value']:.0f}" for figure in ("cpu_seconds", "peak_memory_mb")]
-    runs = f"{about['subjects']} x {about['seeds']}"
-    if about["precision"] != main:  # other seconds and memory, on another processor
-        cost, runs = ["", ""], f"{runs}, {about['precision']}"
+    costs = ("cpu_seconds", "peak_memory_mb")  # in another precision, on another processor, they'd be others
+    cost = [f"{about[figure]['value']:.0f}" if figure in about else "" for figure in costs]
+    runs = f"{about['subjects']} x {about['seeds']}" + _elsewhere(about, main)
     return [f"{about['learning_rate']:g}", runs, *shown, *cost, _size(about["bytes"]["value"])]
+
+
+def _elsewhere(about: Mapping[str, Any], main: str) -> str:
+    """Say how many of a method's runs are in another precision than the main one."""
+    return "".join(f", {count} in {name}" for name, count in about["runs_in"].items() if name != main)
 
 
 def compared(against: str = "adapter", path: Path = FILE) -> str:
@@ -76,8 +80,6 @@ def compared(against: str = "adapter", path: Path = FILE) -> str:
         if pairs and about["subjects"] >= ENOUGH:
             cells = [_difference(pairs[figure]) for figure in DIFFERENCES if figure in pairs]
             count = str(next(iter(pairs.values()))["count"])
-            if about["precision"] != found["precision"]:  # than what it is compared with
-                count += f", {about['precision']}"
             rows.append([f"`{name}`", count, *cells])
     return _table([f"minus `{against}`", "subjects", *(MEANS[name] for name in DIFFERENCES)], rows)
 
@@ -96,6 +98,17 @@ def precisions(path: Path = FILE) -> str:
                     cells = [_difference(pairs[figure]) for figure in DIFFERENCES]
                     rows.append([label, f"{about['subjects']} x {about['seeds']}", *cells])
     return _table(["", "runs", *(MEANS[name] for name in DIFFERENCES)], rows)
+
+
+def apart(path: Path = FILE) -> str:
+    """Return how far two runs lie apart that differ in precision or in seed alone, as a Markdown table."""
+    found = json.loads(path.read_text(encoding="utf-8"))["apart"]
+    rows = [
+        [f"another {name}", str(about["pairs"]), *(_value(about[figure], places=4) for figure in DIFFERENCES)]
+        for name, about in found.items()
+        if about["pairs"]
+    ]
+    return _table(["", "pairs", *(MEANS[name] for name in DIFFERENCES)], rows)
 
 
 def searched(path: Path = FILE) -> str:

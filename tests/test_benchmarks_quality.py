@@ -137,20 +137,23 @@ def test_the_rate_with_the_best_mean_score_wins() -> None:
     assert elsewhere[1]["minus_adapter"]["score"]["value"] == pytest.approx(0.1)  # at the adapter's own rate
 
 
-def test_precisions_are_not_mixed(tmp_path: Path) -> None:
+def test_a_run_in_another_precision_counts_where_none_in_the_main_one_does(tmp_path: Path) -> None:
     runs = [line(method, s, 0, 0.5) for method in ("adapter", "full") for s in "abc"]
     runs += [line("adapter", s, 0, 0.7, precision=OTHER) for s in "abc"]
     runs += [line("full", s, 0, 0.6, precision=OTHER) for s in "abc"]
     runs += [line("full", s, 0, 0.6, precision=OTHER, rate=1) for s in "abc"]  # not at the rate of the search
-    runs += [line("rank-4", s, 0, 0.5) for s in "abcdefgh"]  # most are in the main one
+    runs += [line("rank-4", s, 0, 0.5, precision=OTHER) for s in "abcdefgh"]  # most, but the defaults'
     whole = [*runs, *searches()]
     assert len({run["key"] for run in whole}) == len(whole)
     found = summary(whole)
     assert found["precision"] == main_precision(whole) == PRECISION
     assert found["methods"]["adapter"]["score"]["value"] == 0.5
-    there = {(each["method"], each["precision"]): each["score"]["value"] for each in found["other_rates"]}
-    assert there == {("full", OTHER): 0.6}  # in no other precision at that rate
+    assert found["methods"]["adapter"]["runs_in"] == {PRECISION: 3}
+    assert [(of["method"], of["learning_rate"], of["runs_in"]) for of in found["other_rates"]] == [
+        ("full", 1, {OTHER: 3})
+    ]
     beside = found["other_precisions"][OTHER]
+    assert set(beside) == {"adapter", "full"}  # those in both
     assert beside["adapter"]["score"]["value"] == 0.7
     assert beside["adapter"]["minus_main_precision"]["score"]["value"] == 0.2
     assert beside["full"]["minus_adapter"]["score"]["value"] == -0.1
@@ -158,20 +161,6 @@ def test_precisions_are_not_mixed(tmp_path: Path) -> None:
     shown = quality_table.precisions(tmp_path / "q.json")
     assert f"| `adapter`: {OTHER} - {PRECISION} | 3 x 1 | **+.200 [+.200, +.200]** |" in shown
     assert f"| {OTHER}: `full` - `adapter` | 3 x 1 | **-.100 [-.100, -.100]** |" in shown
-    whole += [line("rank-1", s, 0, 0.8, precision=OTHER) for s in "abc"]  # in no other
-    found = summary(whole)
-    assert (found["precision"], found["methods"]["rank-1"]["precision"]) == (PRECISION, OTHER)
-    assert set(found["other_precisions"][OTHER]) == {"adapter", "full"}
-    pairs = found["methods"]["rank-1"]["minus_adapter"]
-    assert pairs["score"]["value"] == 0.3
-    assert not {"cpu_seconds", "peak_memory_mb"} & set(pairs)
-    assert {"cpu_seconds", "peak_memory_mb"} < set(found["methods"]["full"]["minus_adapter"])
-    (tmp_path / "q.json").write_text(json.dumps(found))
-    rows = {row.split(" | ")[0]: row for row in quality_table.means(tmp_path / "q.json").splitlines()}
-    assert f"| 3 x 1, {OTHER} |" in rows["| `rank-1`: adapter, rank 1"]
-    assert rows["| `rank-1`: adapter, rank 1"].endswith(" | .80 |  |  | 0 kB |")
-    assert f"| `rank-1` | 3, {OTHER} |" in quality_table.compared(path=tmp_path / "q.json")
-    assert "| 3 x 1 |" in rows["| `full`: full fine-tuning, UNet and text encoder"]
     once = [run for run in searches() if run["subject"] == SEARCH_SUBJECTS[0].name]
     again = [{**run, "precision": OTHER, "score": 0.1} for run in once]
     best = RATES["rank-1"]  # its one subject twice: (0.9 + 0.1) / 2, the other 0.9
@@ -179,6 +168,46 @@ def test_precisions_are_not_mixed(tmp_path: Path) -> None:
     searched = [{**run, "precision": OTHER} for run in searches()]
     assert best_rates(searched) == RATES  # the search may be in any
     assert main_precision([]) is None
+
+
+def test_seconds_and_memory_are_of_the_main_precision_alone(tmp_path: Path) -> None:
+    runs = [line("adapter", s, seed, 0.5, cpu_seconds=100.0) for s in "abc" for seed in (0, 1)]
+    runs += [line("full", s, 0, 0.6, cpu_seconds=120.0) for s in "abc"]
+    runs += [line("full", s, 1, 0.8, cpu_seconds=900.0, precision=OTHER) for s in "abc"]
+    runs += [line("rank-1", s, 0, 0.8, cpu_seconds=900.0, precision=OTHER) for s in "abc"]
+    runs.append(line("rank-1", "a", 1, 0.9, precision=OTHER))  # no other subject has that seed
+    found = summary([*runs, *searches()])
+    full, rank = found["methods"]["full"], found["methods"]["rank-1"]
+    assert (full["seeds"], full["runs_in"]) == (2, {PRECISION: 3, OTHER: 3})
+    assert full["score"]["value"] == 0.7
+    assert full["cpu_seconds"]["value"] == 120
+    assert full["minus_adapter"]["score"]["value"] == 0.2  # of both seeds
+    assert full["minus_adapter"]["cpu_seconds"]["value"] == 20
+    assert rank["minus_adapter"]["score"]["value"] == 0.3
+    for of in (rank, rank["minus_adapter"]):
+        assert not {"cpu_seconds", "peak_memory_mb"} & set(of)
+    (tmp_path / "q.json").write_text(json.dumps(found))
+    rows = {row.split(" | ")[0]: row for row in quality_table.means(tmp_path / "q.json").splitlines()}
+    row = rows["| `rank-1`: adapter, rank 1"]
+    assert f"| 3 x 1, 3 in {OTHER} |" in row
+    assert row.endswith(" | .80 |  |  | 0 kB |")
+    row = rows["| `full`: full fine-tuning, UNet and text encoder"]
+    assert f"| 3 x 2, 3 in {OTHER} |" in row
+    assert "| 120 |" in row
+    assert "| `rank-1` | 3 |" in quality_table.compared(path=tmp_path / "q.json")
+
+
+def test_how_far_two_runs_lie_apart_by_hand(tmp_path: Path) -> None:
+    runs = [line("adapter", "a", 0, 0.5), line("adapter", "a", 0, 0.53, precision=OTHER)]
+    runs += [line("adapter", "b", 0, 0.5), line("adapter", "b", 0, 0.54, precision=OTHER)]
+    runs += [line("adapter", "a", 1, 0.7), line("full", "a", 0, 0.1)]  # another seed; another method
+    found = summary([*runs, *searches()])["apart"]
+    assert (found["precision"]["pairs"], found["seed"]["pairs"]) == (2, 1)
+    assert found["precision"]["likeness"] == round(((0.03**2 + 0.04**2) / 2) ** 0.5, 4)
+    assert found["seed"]["likeness"] == 0.2
+    (tmp_path / "q.json").write_text(json.dumps({"apart": found}))
+    assert "| another precision | 2 | .0354 |" in quality_table.apart(tmp_path / "q.json")
+    assert summary(searches())["apart"] == {"precision": {"pairs": 0}, "seed": {"pairs": 0}}
 
 
 def test_time_that_is_over_leaves_a_summary(tmp_path: Path) -> None:
@@ -320,7 +349,7 @@ def test_a_line_that_was_cut_is_run_again(tmp_path: Path) -> None:
     assert read_runs(tmp_path / "none.jsonl") == []
 
 
-def test_a_run_in_another_precision_is_another_but_for_the_search(
+def test_a_run_in_another_precision_is_run_again_only_on_request(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs, made = tmp_path / "runs.jsonl", []
@@ -336,9 +365,13 @@ def test_a_run_in_another_precision_is_another_but_for_the_search(
     words = ["--methods", "adapter", "--seeds", "0", "--runs", str(runs)]
     done = CliRunner().invoke(quality.main, words)
     assert done.exit_code == 0, done.output
-    rate = f"{RATES['adapter']:g}"
-    assert made == [f"compare/adapter/{s.name}/seed-0/rate-{rate}/{PRECISION}" for s in SUBJECTS]
-    assert f"runs.jsonl holds runs in {OTHER}; those in {PRECISION} are made beside them" in done.output
+    keys = [f"compare/adapter/{s.name}/seed-0/rate-{RATES['adapter']:g}/{PRECISION}" for s in SUBJECTS]
+    assert made == keys[1:]
+    assert f"runs.jsonl holds runs in {OTHER}; what is missing is run in {PRECISION}" in done.output
+    named = next(word for word, name in PRECISIONS.items() if name == PRECISION)
+    done = CliRunner().invoke(quality.main, [*words, "--mixed-precision", named])
+    assert done.exit_code == 0, done.output
+    assert made == [*keys[1:], keys[0]]
 
 
 def test_best_against_last_by_hand(tmp_path: Path) -> None:
