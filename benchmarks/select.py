@@ -39,7 +39,8 @@ COMPARED = ("score", "likeness", "obedience", "class_kept", "class_spread", "cla
 def run(bench: Bench, kind: str, subject: Subject, *, quick: bool) -> dict[str, Any]:
     """Train twice and score both files; return the line of the run."""
     folder, evaluator, before = bench.subject(subject)
-    options = list(KINDS[kind]) + (["--max-train-steps", "3", "--num-class-images", "2"] if quick else [])
+    few = ["--max-train-steps", "3", "--checkpointing-steps", "3", "--num-class-images", "2"]
+    options = [*KINDS[kind], *(few if quick else ())]
     found, drawn = {}, {}
     for select in ("best", "last"):
         output = bench.work / subject.name / f"{kind}-{select}"
