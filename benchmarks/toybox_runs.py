@@ -18,7 +18,7 @@ import click
 from dbadapter.base import Base, load_base
 from dbadapter.candidates import load_candidate, pipeline_of
 from dbadapter.encoders import TOYBOX_JUDGES, load_encoder, load_prompt_judge
-from dbadapter.evaluation import Evaluator, Scores, Settings, load_photographs, overall
+from dbadapter.evaluation import Evaluator, Scores, Settings, find_references, load_references, overall
 from dbadapter.evaluation_prompts import Prompts, choose_prompts
 from dbadapter.grid import grid
 from dbadapter.toybox import names
@@ -98,7 +98,7 @@ class Bench:
         if subject.name not in self._of:
             photographs(subject, folder)
             evaluator = Evaluator(
-                load_photographs(folder, 64),
+                load_references(find_references(folder), 64),
                 prompts_of(subject.noun),
                 subject.noun,
                 self.encoder,

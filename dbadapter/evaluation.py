@@ -19,7 +19,7 @@ from dbadapter.candidates import Candidate, check_candidates, pipeline_of
 from dbadapter.encoders import Encoder, PromptJudge
 from dbadapter.errors import BaseError, DataError, UsageError
 from dbadapter.evaluation_prompts import Prompts
-from dbadapter.photographs import find_photographs, load_crop
+from dbadapter.photographs import Photograph, find_photographs, load_crop
 from dbadapter.sampling import MOST_IMAGES, Picture, default_guidance, generate_pictures
 
 __all__ = [
@@ -27,7 +27,8 @@ __all__ = [
     "Scores",
     "Settings",
     "evaluate",
-    "load_photographs",
+    "find_references",
+    "load_references",
     "overall",
 ]
 
@@ -70,8 +71,8 @@ class Settings:
             raise UsageError(f"guidance_scale must be 0 or more, got {self.guidance_scale:g}")
 
 
-def load_photographs(folder: str | Path, side: int) -> list[Image.Image]:
-    """Return the subject's photographs, cropped square at `side` pixels as training crops them.
+def find_references(folder: str | Path) -> list[Photograph]:
+    """Return the subject's photographs, undecoded.
 
     Raises:
         DataError: there are fewer than two, or one cannot be read.
@@ -81,8 +82,13 @@ def load_photographs(folder: str | Path, side: int) -> list[Image.Image]:
         raise DataError(
             f"{folder} holds one photograph, and what a likeness is worth is seen between two: add another"
         )
+    return found
+
+
+def load_references(photographs: Sequence[Photograph], side: int) -> list[Image.Image]:
+    """Return photographs cropped square at `side` pixels as training crops them."""
     shown = []
-    for photograph in found:
+    for photograph in photographs:
         pixels = (load_crop(photograph, (side, side)).pixels + 1) * 127.5
         shown.append(Image.fromarray(pixels.permute(1, 2, 0).round().clamp(0, 255).byte().numpy()))
     return shown

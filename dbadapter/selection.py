@@ -24,7 +24,7 @@ from dbadapter.encoders import (
     load_prompt_judge,
 )
 from dbadapter.errors import BaseError, DataError
-from dbadapter.evaluation import Evaluator, Scores, Settings, load_photographs, overall
+from dbadapter.evaluation import Evaluator, Scores, Settings, find_references, load_references, overall
 from dbadapter.evaluation_prompts import selection_prompts
 from dbadapter.photographs import find_photographs
 from dbadapter.preparation import Run
@@ -86,7 +86,7 @@ class Selection:
         config, family = run.config, run.base.family
         encoder, judge = _judges(config, family, run.base.device.type)
         evaluator = Evaluator(
-            load_photographs(config.instance_data_dir, max(run.base.resolution, 64)),
+            load_references(find_references(config.instance_data_dir), max(run.base.resolution, 64)),
             selection_prompts(family, config.class_noun),
             config.class_noun,
             encoder,

@@ -233,6 +233,16 @@ def test_the_prediction_type_is_the_bases(
     assert asked == {"spec": "x", "prediction_type": "v_prediction"}
 
 
+def test_one_photograph_is_told_before_a_model_is_fetched(
+    photographs: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dbadapter.base.load_base", None)
+    shutil.copy(next(photographs.iterdir()), tmp_path)
+    done = run("--instance-data-dir", str(tmp_path), "--adapter", str(files / "dog.safetensors"))
+    assert done.exit_code == 1
+    assert "holds one photograph" in done.stderr
+
+
 def test_judges_of_toybox_are_told_to_know_nothing_else(
     tiny_base_folder: Path, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,7 @@ def pictures(count: int) -> list[Image.Image]:
 def test_who_draws_its_photographs_again_is_caught(subject: str) -> None:
     """Copies, though small, soft and cut, are nearer than further photographs of the subject."""
     pytest.importorskip("efficientnet_lite_pytorch")
-    shown = evaluation.load_photographs(PHOTOGRAPHS / subject, 256)
+    shown = evaluation.load_references(evaluation.find_references(PHOTOGRAPHS / subject), 256)
     encoder = encoders.load_encoder()
     known, further = encoder.embed(shown[:3]), encoder.embed(shown[3:])
     copies = [each.resize((200, 200)).filter(ImageFilter.GaussianBlur(1)) for each in shown[:3]]

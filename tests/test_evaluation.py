@@ -17,7 +17,7 @@ from dbadapter.adapter_file import AdapterDescription, write_adapter
 from dbadapter.base import Base, load_base
 from dbadapter.candidates import load_candidate
 from dbadapter.errors import BaseError, DataError, UsageError
-from dbadapter.evaluation import Settings, evaluate, load_photographs
+from dbadapter.evaluation import Settings, evaluate, find_references, load_references
 from dbadapter.evaluation_prompts import Prompts, choose_prompts
 from dbadapter.export.parity import synthetic_adapter
 from dbadapter.model_folder import write_model_folder
@@ -45,7 +45,7 @@ def test_every_candidate_meets_the_same_prompts_and_seeds(base: Base, photograph
     before = {name: value.clone() for name, value in base.unet.state_dict().items()}
     candidates = [load_candidate(files / f"{name}.safetensors", "dog") for name in ("dog", "hat")]
     seen: list[tuple[str, int, int]] = []
-    shown = load_photographs(photographs, 32)
+    shown = load_references(find_references(photographs), 32)
     drawn: dict[str, Any] = {}
     report = evaluate(
         base,
@@ -89,7 +89,7 @@ def test_figures_are_those_of_what_the_adapter_draws(base: Base, photographs: Pa
     from dbadapter.sampling import generate_pictures
 
     candidate = load_candidate(files / "dog.safetensors", "dog")
-    shown = load_photographs(photographs, 32)
+    shown = load_references(find_references(photographs), 32)
     report = evaluate(base, [candidate], shown, PROMPTS, class_noun="dog", encoder=PIXELS, settings=FEW)
     lora.apply(base.pipeline, {files / "dog.safetensors": 1.0})
     drawn = generate_pictures(
@@ -110,7 +110,7 @@ def test_figures_are_those_of_what_the_adapter_draws(base: Base, photographs: Pa
 def test_a_copy_scores_the_ceiling_and_is_seen_as_one(
     base: Base, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = load_photographs(photographs, 32)
+    shown = load_references(find_references(photographs), 32)
 
     def copies(*_: Any) -> dict[str, list[Image.Image]]:
         return {"subject": [shown[0]] * 4, "class": shown, "unrelated": [shown[0]] * 2}
@@ -136,7 +136,12 @@ def test_a_misfit_is_named_before_anything_is_drawn(
     monkeypatch.setattr(evaluation.Evaluator, "_draw", lambda *_: pytest.fail("drawn too early"))
     with pytest.raises(AdapterError, match=r"toy\.safetensors: "):
         evaluate(
-            base, candidates, load_photographs(photographs, 32), PROMPTS, class_noun="dog", encoder=PIXELS
+            base,
+            candidates,
+            load_references(find_references(photographs), 32),
+            PROMPTS,
+            class_noun="dog",
+            encoder=PIXELS,
         )
 
 
@@ -154,7 +159,7 @@ def test_a_tuned_model_needs_its_word(base: Base, photographs: Path, tmp_path: P
     report = evaluate(
         base,
         [candidate],
-        load_photographs(photographs, 32),
+        load_references(find_references(photographs), 32),
         PROMPTS,
         class_noun="dog",
         encoder=PIXELS,
@@ -167,7 +172,10 @@ def test_a_tuned_model_is_drawn_with_the_bases_guidance(photographs: Path, tmp_p
     """An SD1 of its own folder would be drawn with 7.5, the base of a family with 3 beside it."""
     toybox = load_base("toybox", device="cpu")
     write_model_folder(toybox.pipeline, tmp_path / "tuned")
-    shown, candidate = load_photographs(photographs, 64), load_candidate(tmp_path / "tuned", "dog", "sks")
+    shown, candidate = (
+        load_references(find_references(photographs), 64),
+        load_candidate(tmp_path / "tuned", "dog", "sks"),
+    )
     few = Settings(num_images_per_prompt=1, num_class_images=2, num_inference_steps=2)
     judge = evaluation.Evaluator(shown, PROMPTS, "dog", PIXELS, settings=few)
     judge.score_base(toybox.pipeline)
@@ -185,7 +193,7 @@ def test_a_prompt_too_long_for_one_of_them_is_told_before_anything_is_drawn(
     room = base.tokenizer.model_max_length - len(base.tokenizer("a photo of a dog").input_ids)
     prompts = choose_prompts("dog", ["a photo of a {}" + " dog" * room])
     words = {"class_noun": "dog", "encoder": PIXELS}
-    shown = load_photographs(photographs, 32)
+    shown = load_references(find_references(photographs), 32)
     with pytest.raises(DataError, match=r"tokens long, this base reads at most .*; shorten it"):
         evaluate(base, [one, other], shown, prompts, **words)
 
@@ -202,7 +210,7 @@ def test_a_broken_candidate_takes_the_others_not_with_it(
         return draw(self, pipeline, subject, progress)
 
     monkeypatch.setattr(evaluation.Evaluator, "score", score)
-    shown = load_photographs(photographs, 32)
+    shown = load_references(find_references(photographs), 32)
     words = {"class_noun": "dog", "encoder": PIXELS, "settings": FEW}
     other = replace(other, subject="hat dog")
     with pytest.warns(UserWarning, match=r"hat.safetensors is left out: the model gave values"):
@@ -217,7 +225,7 @@ def test_a_broken_candidate_takes_the_others_not_with_it(
 
 
 def test_the_same_photograph_twice_is_told(base: Base, photographs: Path, files: Path) -> None:
-    shown = load_photographs(photographs, 32)
+    shown = load_references(find_references(photographs), 32)
     with pytest.warns(UserWarning, match="two of the photographs are the same picture"):
         evaluation._warn_of_twins([*shown, shown[0]])
 
@@ -225,4 +233,4 @@ def test_the_same_photograph_twice_is_told(base: Base, photographs: Path, files:
 def test_one_photograph_is_not_enough(tmp_path: Path) -> None:
     Image.new("RGB", (40, 40)).save(tmp_path / "0.png")
     with pytest.raises(DataError, match=r"holds one photograph.*add another"):
-        load_photographs(tmp_path, 32)
+        find_references(tmp_path)

@@ -214,12 +214,11 @@ def _report(
         load_prompt_judge,
     )
     from dbadapter.evaluation_prompts import choose_prompts, default_prompts, read_prompts
-    from dbadapter.photographs import find_photographs
 
     # What can be refused is refused before a model is fetched.
     how = evaluation.Settings(**settings)
     templates = read_prompts(prompts_file) if prompts_file else None
-    find_photographs(instance_data_dir)
+    found = evaluation.find_references(instance_data_dir)
     candidates = told_apart([load_candidate(path, class_noun, identifier) for path in paths])
     names = [candidate.name for candidate in candidates]
     if "base" in names:
@@ -242,7 +241,7 @@ def _report(
     encoder = load_encoder(image_encoder or default_encoder(loaded.family), device)
     judged_by = text_image_encoder or default_prompt_judge(loaded.family)
     judge = load_prompt_judge(judged_by, device) if judged_by else None
-    photographs = evaluation.load_photographs(instance_data_dir, max(loaded.resolution, 64))
+    photographs = evaluation.load_references(found, max(loaded.resolution, 64))
     if pictures is not None:
         pictures.add_photographs(photographs)
     prompts = default_prompts(loaded.family, class_noun, kind or "object")
