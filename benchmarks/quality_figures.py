@@ -136,7 +136,7 @@ def table(runs: Sequence[Run], method: str, figure: str) -> Tensor:
     rows = {(run["subject"], run["seed"]): _value(run, figure) for run in found}
     subjects, seeds = sorted({subject for subject, _ in rows}), sorted({seed for _, seed in rows})
     values = [[rows[subject, seed] for seed in seeds] for subject in subjects]
-    return torch.tensor(values).reshape(len(subjects), len(seeds))
+    return torch.tensor(values, dtype=torch.float64).reshape(len(subjects), len(seeds))
 
 
 def _shared(runs: Sequence[Run]) -> list[Run]:
@@ -212,7 +212,12 @@ def _figures(runs: Sequence[Run], method: str, main: str | None) -> dict[str, An
         "subjects": first.shape[0],
         "seeds": first.shape[1],
         "runs_in": dict(Counter(run["precision"] for run in _shared(of_it))),
-        **{figure: _mean_of(of_runs, figure) for figure, of_runs in values.items() if of_runs.numel()},
+        # Seconds of fewer subjects would stand beside figures of all.
+        **{
+            figure: _mean_of(of_runs, figure)
+            for figure, of_runs in values.items()
+            if of_runs.numel() and len(of_runs) == len(first)
+        },
     }
 
 
@@ -233,6 +238,8 @@ def _other_rates(others: Sequence[Run], runs: Sequence[Run], precision: str | No
             for other in (DEFAULT, FULL):
                 if pairs := _pairs([*renamed, *runs], "there", other, precision):
                     about[f"minus_{other}"] = pairs
+            if pairs := _pairs([*renamed, *runs], "there", name, precision):
+                about["minus_own_rate"] = pairs
             found.append(about)
     return found
 
@@ -261,14 +268,18 @@ def _in_other_precision(runs: Sequence[Run], counted: Sequence[Run]) -> dict[str
 def _apart(runs: Sequence[Run], what: str) -> dict[str, Any]:
     """Return how far two runs lie apart that differ in `what` alone: the root mean square over such pairs.
 
+    Of the methods and rates alone that were run in two precisions, so that the two kinds of pairs compare.
+
     Args:
         what: "precision" or "seed".
     """
+    found_in = Counter(_what(run) for run in runs)  # in how many precisions
+    in_two = {(run["method"], run["rate"]) for run in runs if found_in[_what(run)] > 1}
     alike: dict[tuple[Any, ...], list[Run]] = {}
-    for run in runs:
+    for run in (run for run in runs if (run["method"], run["rate"]) in in_two):
         alike.setdefault(_what({**run, what: None}, "precision"), []).append(run)
     pairs = [pair for each in alike.values() for pair in itertools.combinations(each, 2)]
-    found: dict[str, Any] = {"pairs": len(pairs)}
+    found: dict[str, Any] = {"pairs": len(pairs), "of": sorted({method for method, _ in in_two})}
     if pairs:
         for figure in FIGURES:
             if figure not in (*COSTS, "bytes"):
@@ -314,8 +325,6 @@ def _targets(runs: Sequence[Run], others: Sequence[Run], main: str | None) -> di
     def of(method: str, figure: str) -> float:
         return float(table(runs_of_both, method, figure).mean())
 
-    in_main = [run for run in runs_of_both if run["precision"] == main]
-    memory = {method: float(table(in_main, method, "peak_memory_mb").mean()) for method in (ours, full)}
     theirs, own = (_of_subjects(table(runs_of_both, method, "subject_fidelity")) for method in (full, ours))
     of_full = metrics.estimate(theirs, shares=False)
     difference = metrics.difference(theirs, own, shares=False)
@@ -338,11 +347,18 @@ def _targets(runs: Sequence[Run], others: Sequence[Run], main: str | None) -> di
             "ratio": round(of(full, "bytes") / of(ours, "bytes"), 1),
             "met": of(full, "bytes") >= 50 * of(ours, "bytes"),
         },
-        "memory_below_full": {
-            "ratio": round(memory[ours] / memory[full], 3),
-            "met": memory[ours] < memory[full],
-        },
+        "memory_below_full": _memory([run for run in runs if run["precision"] == main], ours, full),
     }
+
+
+def _memory(runs: Sequence[Run], ours: str, full: str) -> dict[str, Any]:
+    """Return the ratio of the two's peaks over subjects and seeds that both have; nothing without any."""
+    shared = _done(runs, ours) & _done(runs, full)
+    if not shared:
+        return {}
+    runs = [run for run in runs if (run["subject"], run["seed"]) in shared]
+    peaks = [float(table(runs, method, "peak_memory_mb").mean()) for method in (ours, full)]
+    return {"ratio": round(peaks[0] / peaks[1], 3), "met": peaks[0] < peaks[1]}
 
 
 def _forgetting(runs: Sequence[Run], ours: str, bare: str) -> dict[str, Any]:
@@ -358,12 +374,8 @@ def _forgetting(runs: Sequence[Run], ours: str, bare: str) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     for name, part in (("class_kept",) * 2, ("class_spread",) * 2, ("all", "forgotten")):
-        ours_lost, bare_lost = lost(ours, part), lost(bare, part)
-        found[name] = {
-            "with": round(ours_lost, 4),
-            "without": round(bare_lost, 4),
-            "met": ours_lost <= bare_lost / 2,
-        }
+        with_it, without = round(lost(ours, part), 4), round(lost(bare, part), 4)
+        found[name] = {"with": with_it, "without": without, "met": with_it <= without / 2}
     likeness = {
         key: float(table(runs, method, "likeness").mean())
         for key, method in (("with", ours), ("without", bare))

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.findings import RESULTS
 
-__all__ = ["apart", "chosen", "compared", "means", "others", "precisions", "searched"]
+__all__ = ["apart", "chosen", "compared", "means", "others", "precisions", "rates", "searched"]
 
 ENOUGH = 3  # subjects: of fewer nothing is known, and no row is shown
 SELECT = RESULTS / "select.json"
@@ -26,7 +26,16 @@ MEANS = {
     "score": "score",
 }
 _HEAD = ("method", "rate", "runs", *MEANS.values(), "CPU s", "peak MB", "file")
-DIFFERENCES = ("score", "likeness", "context_agreement", "forgotten", "drift", "unrelated_fidelity")
+DIFFERENCES = (
+    "score",
+    "likeness",
+    "context_agreement",
+    "prior_preservation",
+    "diversity",
+    "forgotten",
+    "drift",
+    "unrelated_fidelity",
+)
 
 
 def means(path: Path = FILE) -> str:
@@ -53,9 +62,9 @@ def others(path: Path = FILE) -> str:
 
 
 def _means_row(about: Mapping[str, Any], main: str) -> list[str]:
-    shown = [_value(about[figure]["value"]) for figure in MEANS]
+    shown = [_with_interval(about[figure]) for figure in MEANS]
     costs = ("cpu_seconds", "peak_memory_mb")  # in another precision, on another processor, they'd be others
-    cost = [f"{about[figure]['value']:.0f}" if figure in about else "" for figure in costs]
+    cost = [_with_interval(about[figure], places=0) if figure in about else "" for figure in costs]
     runs = f"{about['subjects']} x {about['seeds']}" + _elsewhere(about, main)
     return [f"{about['learning_rate']:g}", runs, *shown, *cost, _size(about["bytes"]["value"])]
 
@@ -78,10 +87,21 @@ def compared(against: str = "adapter", path: Path = FILE) -> str:
             continue
         pairs = about.get(f"minus_{against}")
         if pairs and about["subjects"] >= ENOUGH:
-            cells = [_difference(pairs[figure]) for figure in DIFFERENCES if figure in pairs]
-            count = str(next(iter(pairs.values()))["count"])
-            rows.append([f"`{name}`", count, *cells])
+            rows.append([f"`{name}`", str(pairs["score"]["count"]), *_differences(pairs)])
     return _table([f"minus `{against}`", "subjects", *(MEANS[name] for name in DIFFERENCES)], rows)
+
+
+def rates(path: Path = FILE) -> str:
+    """Return what another rate than the search's best changes, of the same seeds, as a Markdown table."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for about in found["other_rates"]:
+        pairs = about.get("minus_own_rate")
+        if pairs and about["subjects"] >= ENOUGH:
+            own = found["methods"][about["method"]]["learning_rate"]
+            label = f"`{about['method']}`: {about['learning_rate']:g} - {own:g}"
+            rows.append([label, str(pairs["score"]["count"]), *_differences(pairs)])
+    return _table(["", "subjects", *(MEANS[name] for name in DIFFERENCES)], rows)
 
 
 def precisions(path: Path = FILE) -> str:
@@ -95,8 +115,8 @@ def precisions(path: Path = FILE) -> str:
                 ("minus_adapter", f"{precision}: `{name}` - `adapter`"),
             ):
                 if about["subjects"] >= ENOUGH and (pairs := about.get(key)):
-                    cells = [_difference(pairs[figure]) for figure in DIFFERENCES]
-                    rows.append([label, f"{about['subjects']} x {about['seeds']}", *cells])
+                    runs = f"{about['subjects']} x {about['seeds']}"
+                    rows.append([label, runs, *_differences(pairs)])
     return _table(["", "runs", *(MEANS[name] for name in DIFFERENCES)], rows)
 
 
@@ -155,6 +175,15 @@ def _value(value: float, sign: str = "", places: int = 2) -> str:
     rounded = round(value, places) + 0.0  # + 0.0: no minus before nothing
     text = f"{rounded:{sign}.{places}f}"
     return text.replace("0.", ".", 1) if abs(rounded) < 1 else text
+
+
+def _with_interval(figure: Mapping[str, float], places: int = 2) -> str:
+    value, low, high = (_value(figure[part], places=places) for part in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _differences(pairs: Mapping[str, Any]) -> list[str]:
+    return [_difference(pairs[figure]) for figure in DIFFERENCES]
 
 
 def _difference(figure: Mapping[str, float]) -> str:

@@ -20,7 +20,7 @@ from dbadapter.encoders import Encoder, PromptJudge
 from dbadapter.errors import BaseError, DataError, UsageError
 from dbadapter.evaluation_prompts import Prompts
 from dbadapter.photographs import Photograph, find_photographs, load_crop
-from dbadapter.sampling import MOST_IMAGES, Picture, default_guidance, generate_pictures
+from dbadapter.sampling import MOST_IMAGES, MOST_STEPS, Picture, default_guidance, generate_pictures
 
 __all__ = [
     "Evaluator",
@@ -65,6 +65,10 @@ class Settings:
         for name in ("num_images_per_prompt", "num_class_images"):
             if not 1 <= getattr(self, name) <= MOST_IMAGES:
                 raise UsageError(f"{name} must be from 1 to {MOST_IMAGES}, got {getattr(self, name)}")
+        if not 1 <= self.num_inference_steps <= MOST_STEPS:
+            raise UsageError(
+                f"num_inference_steps must be from 1 to {MOST_STEPS}, got {self.num_inference_steps}"
+            )
         if self.guidance_scale is not None and not (
             math.isfinite(self.guidance_scale) and self.guidance_scale >= 0
         ):

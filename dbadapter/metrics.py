@@ -32,7 +32,10 @@ CONFIDENCE = 0.95
 NOTHING_KNOWN = 2.0  # wider than any cosine, so that fewer than three units never show anything
 _NORMAL = 1.959964
 # Student's t at 97.5 % for 1 to 10 degrees of freedom.
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+_STUDENT = (
+    *(12.70620, 4.30265, 3.18245, 2.77645, 2.57058),
+    *(2.44691, 2.36462, 2.30600, 2.26216, 2.22814),
+)
 
 
 @dataclass(frozen=True)

@@ -174,7 +174,7 @@ table.pictures tbody th {
   max-width: 11rem;
 }
 table.pictures tr>* { border-bottom: 0 }
-table.pictures td img { width: 100%; min-width: 4.5rem }
+table.pictures td img { width: 100%; min-width: 4.5rem; max-width: 14rem }
 table.compare thead th { font-size: .9rem; color: var(--ink); font-weight: 600 }
 table.compare td+td { padding-left: .9rem }
 .run { display: flex; gap: .25rem }

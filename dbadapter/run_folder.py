@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dbadapter.errors import OutputError
 
-__all__ = ["Finished", "RunFolder", "write_text"]
+__all__ = ["Finished", "RunFolder", "is_run", "write_text"]
 
 
 class Finished(NamedTuple):
@@ -287,11 +287,7 @@ class RunFolder:
 
     def _is_run(self) -> bool:
         """Whether a run of ours made the folder's content, so that --overwrite may replace it."""
-        try:
-            text = self.config.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            return self._earlier.is_dir()
-        return "instance_data_dir" in text
+        return is_run(self.path) or (not self.config.is_file() and self._earlier.is_dir())
 
     def _outputs(self) -> list[Path]:
         sidecars = [self.adapter.with_suffix(end) for end in (".json", ".png")]
@@ -306,6 +302,14 @@ class RunFolder:
             self.class_images,
         ]
         return [self.adapter, *sidecars, *rest]
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a run's configuration lies in a folder."""
+    try:
+        return "instance_data_dir" in (folder / "config.toml").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def write_text(path: Path, text: str) -> None:

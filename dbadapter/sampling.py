@@ -40,6 +40,7 @@ DECODED_TOGETHER = 512**2  # pixels of the largest pictures that the VAE takes s
 
 GENERATOR = "dbadapter"  # written into every PNG, so that we only ever remove pictures of our own
 GRID_NAME = "grid.png"
+MOST_STEPS = 1000  # of every family's schedule; refused before a base, whose own may be fewer, is there
 MOST_IMAGES = 1000  # of one prompt: all pictures stay in memory until the last is drawn
 _NUMBERED = re.compile(r"\d{4,}\.png")
 

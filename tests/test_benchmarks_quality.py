@@ -176,8 +176,12 @@ def test_seconds_and_memory_are_of_the_main_precision_alone(tmp_path: Path) -> N
     runs += [line("full", s, 1, 0.8, cpu_seconds=900.0, precision=OTHER) for s in "abc"]
     runs += [line("rank-1", s, 0, 0.8, cpu_seconds=900.0, precision=OTHER) for s in "abc"]
     runs.append(line("rank-1", "a", 1, 0.9, precision=OTHER))  # no other subject has that seed
+    runs.append(line("full-unet", "a", 0, 0.5))  # one subject's seconds are not three's
+    runs += [line("full-unet", s, 0, 0.5, precision=OTHER) for s in "bc"]
     found = summary([*runs, *searches()])
     full, rank = found["methods"]["full"], found["methods"]["rank-1"]
+    assert found["methods"]["full-unet"]["subjects"] == 3
+    assert "cpu_seconds" not in found["methods"]["full-unet"]
     assert (full["seeds"], full["runs_in"]) == (2, {PRECISION: 3, OTHER: 3})
     assert full["score"]["value"] == 0.7
     assert full["cpu_seconds"]["value"] == 120
@@ -190,10 +194,10 @@ def test_seconds_and_memory_are_of_the_main_precision_alone(tmp_path: Path) -> N
     rows = {row.split(" | ")[0]: row for row in quality_table.means(tmp_path / "q.json").splitlines()}
     row = rows["| `rank-1`: adapter, rank 1"]
     assert f"| 3 x 1, 3 in {OTHER} |" in row
-    assert row.endswith(" | .80 |  |  | 0 kB |")
+    assert row.endswith(" | .80 [.80, .80] |  |  | 0 kB |")
     row = rows["| `full`: full fine-tuning, UNet and text encoder"]
     assert f"| 3 x 2, 3 in {OTHER} |" in row
-    assert "| 120 |" in row
+    assert "| 120 [120, 120] |" in row
     assert "| `rank-1` | 3 |" in quality_table.compared(path=tmp_path / "q.json")
 
 
@@ -201,13 +205,15 @@ def test_how_far_two_runs_lie_apart_by_hand(tmp_path: Path) -> None:
     runs = [line("adapter", "a", 0, 0.5), line("adapter", "a", 0, 0.53, precision=OTHER)]
     runs += [line("adapter", "b", 0, 0.5), line("adapter", "b", 0, 0.54, precision=OTHER)]
     runs += [line("adapter", "a", 1, 0.7), line("full", "a", 0, 0.1)]  # another seed; another method
+    runs += [line("full-unet", "a", seed, seed / 2) for seed in (0, 1)]  # in one precision alone
     found = summary([*runs, *searches()])["apart"]
     assert (found["precision"]["pairs"], found["seed"]["pairs"]) == (2, 1)
     assert found["precision"]["likeness"] == round(((0.03**2 + 0.04**2) / 2) ** 0.5, 4)
     assert found["seed"]["likeness"] == 0.2
     (tmp_path / "q.json").write_text(json.dumps({"apart": found}))
     assert "| another precision | 2 | .0354 |" in quality_table.apart(tmp_path / "q.json")
-    assert summary(searches())["apart"] == {"precision": {"pairs": 0}, "seed": {"pairs": 0}}
+    assert found["precision"]["of"] == found["seed"]["of"] == ["adapter"]
+    assert summary(searches())["apart"]["seed"] == {"pairs": 0, "of": []}
 
 
 def test_time_that_is_over_leaves_a_summary(tmp_path: Path) -> None:
@@ -284,6 +290,9 @@ def test_targets_by_hand() -> None:
     found = summary([*runs, *searches()])["targets"]
     assert found["file_50_times_smaller"] == {"ratio": 60.0, "met": True}
     assert found["memory_below_full"] == {"ratio": 0.5, "met": True}
+    elsewhere = [{**run, "precision": OTHER} if run["method"] == "full" else run for run in runs]
+    elsewhere.append(line("full", "z", 0, 0.5, peak_memory_mb=50))  # the adapter has no such subject
+    assert summary([*elsewhere, *searches()])["targets"]["memory_below_full"] == {}
     assert (found["subjects"], found["runs"]) == (2, 2)
     fidelity = found["fidelity_at_least_full_minus_interval"]
     assert fidelity["full_minus_adapter"]["value"] == 0
@@ -323,15 +332,17 @@ def test_tables_of_the_readme(tmp_path: Path) -> None:
     (tmp_path / "q.json").write_text(json.dumps(summary([*runs, *searches()])))
     shown = quality_table.means(tmp_path / "q.json").splitlines()
     assert len({row.count("|") for row in shown}) == 1
-    assert "| `full`: full fine-tuning, UNet and text encoder | 2.5e-05 | 3 x 1 | .25 |" in shown[-1]
-    assert shown[-1].endswith("| 100 | 0 | 73.8 MB |")
+    assert "| `full`: full fine-tuning, UNet and text encoder | 2.5e-05 | 3 x 1 | .25 [" in shown[-1]
+    assert shown[-1].endswith("| 100 [100, 100] | 0 [0, 0] | 73.8 MB |")
     assert shown[-2].endswith("| 460 kB |")
     assert "| **-.250 [-.250, -.250]** |" in quality_table.compared(path=tmp_path / "q.json")
     runs += [line("full", s, 0, 0.75, rate=4e-4, bytes=73_800_000) for s in "abc"]
     again = summary([*runs, *searches()])
     (tmp_path / "q.json").write_text(json.dumps(again))
     assert quality_table.means(tmp_path / "q.json").splitlines() == shown
-    assert "| `full` | 0.0004 | 3 x 1 | .75 |" in quality_table.others(tmp_path / "q.json")
+    assert "| `full` | 0.0004 | 3 x 1 | .75 [" in quality_table.others(tmp_path / "q.json")
+    row = quality_table.rates(tmp_path / "q.json").splitlines()[-1]
+    assert row.startswith("| `full`: 0.0004 - 2.5e-05 | 3 | **+.500 [+.500, +.500]** |")
     assert again["compared"] == 6
     assert "| `full` | 2.5e-05 | **.90** | .50 | .50 |" in quality_table.searched(tmp_path / "q.json")
 

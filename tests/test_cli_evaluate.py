@@ -83,7 +83,7 @@ def test_a_reader_who_goes_away_leaves_the_files(
         (("--adapter", "none.safetensors"), "does not exist"),
         (
             ("--adapter", "dog.safetensors", "--compare", "dog.safetensors"),
-            "dog': the report tells them apart by name and folder",
+            "dog.safetensors is given twice: name each adapter and model once",
         ),
         (("--adapter", "dog.safetensors", "--image-encoder", "."), "cannot be loaded"),
         (("--adapter", "peft"), "is a PEFT folder: make a file of it with dbadapter convert"),
@@ -205,6 +205,51 @@ def test_outputs_that_lead_to_what_is_read(
     else:
         with pytest.raises(UsageError, match=re.escape(said)):
             refuse_input(Path(output), *words)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("checkpoints/step-000020.safetensors", True),
+        ("model/unet/config.json", True),
+        ("other-best.safetensors", True),
+        ("other.json", True),
+        ("metrics.jsonl", True),
+        ("README.md", True),
+        (".finished.json", True),
+        ("link.json", True),
+        ("evaluation.json", False),
+        ("evaluation.html", False),
+        ("evaluation.txt", False),  # not there
+    ],
+)
+def test_nothing_that_a_run_left_is_overwritten(name: str, refused: bool, tmp_path: Path) -> None:
+    for folder in ("checkpoints", "model/unet", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "config.toml").write_text('instance_data_dir = "photos"\n')
+    (tmp_path / "other.safetensors").touch()
+    (tmp_path / "link.json").symlink_to("config.toml")
+    path = tmp_path / name
+    if (refused and not path.exists()) or name == "evaluation.html":
+        path.touch()
+    words = ([], [tmp_path / "elsewhere"], tmp_path / "elsewhere")
+    if refused:
+        with pytest.raises(UsageError, match=re.escape(f"{path} belongs to the training run in ")):
+            refuse_input(path, *words)
+    else:
+        refuse_input(path, *words)
+
+
+def test_an_encoder_that_is_none_is_told_before_a_base_is_fetched(
+    photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dbadapter.base.load_base", None)
+    words = ["--instance-data-dir", str(photographs), "--adapter", str(files / "dog.safetensors")]
+    for option in ("--image-encoder", "--text-image-encoder"):
+        done = run(*words, option, "nobody/nothing-at-all")
+        assert done.exit_code == 2
+        assert "nobody/nothing-at-all" in done.stderr
+    assert "from 1 to 1000, got 1001" in run(*words, "--num-inference-steps", "1001").stderr
 
 
 def test_the_words_of_a_run_are_found_through_links(tmp_path: Path, photographs: Path) -> None:

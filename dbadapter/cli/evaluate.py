@@ -204,7 +204,7 @@ def _report(
     **settings: Any,
 ) -> dict[str, Any]:
     from dbadapter import evaluation
-    from dbadapter.base import load_base
+    from dbadapter.base import load_base, pick_device
     from dbadapter.candidates import load_candidate, told_apart
     from dbadapter.encoders import (
         TOYBOX_JUDGES,
@@ -221,6 +221,9 @@ def _report(
     found = evaluation.find_references(instance_data_dir)
     candidates = told_apart([load_candidate(path, class_noun, identifier) for path in paths])
     names = [candidate.name for candidate in candidates]
+    real = [path.resolve() for path in paths]
+    if again := next((path for path, own in zip(paths, real, strict=True) if real.count(own) > 1), None):
+        raise UsageError(f"{again} is given twice: name each adapter and model once")
     if "base" in names:
         raise UsageError("a candidate is called 'base', as the base itself is in the report: rename it")
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -228,6 +231,9 @@ def _report(
             f"two candidates are called {twice!r}: the report tells them apart by name and folder; name each "
             "once, or rename one"
         )
+    device = pick_device().type
+    given = load_encoder(image_encoder, device) if image_encoder else None
+    given_judge = load_prompt_judge(text_image_encoder, device) if text_image_encoder else None
     loaded = load_base(base, prediction_type=prediction_type)
     if kind is not None and loaded.family == "toybox":
         warnings.warn("toybox has prompts of its own: --kind does nothing there", UserWarning, stacklevel=2)
@@ -237,10 +243,9 @@ def _report(
             UserWarning,
             stacklevel=2,
         )
-    device = loaded.device.type
-    encoder = load_encoder(image_encoder or default_encoder(loaded.family), device)
-    judged_by = text_image_encoder or default_prompt_judge(loaded.family)
-    judge = load_prompt_judge(judged_by, device) if judged_by else None
+    encoder = given or load_encoder(default_encoder(loaded.family), device)
+    judged_by = default_prompt_judge(loaded.family)
+    judge = given_judge or (load_prompt_judge(judged_by, device) if judged_by else None)
     photographs = evaluation.load_references(found, max(loaded.resolution, 64))
     if pictures is not None:
         pictures.add_photographs(photographs)

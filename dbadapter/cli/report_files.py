@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from dbadapter.errors import OutputError, UsageError
+from dbadapter.run_folder import is_run
 
 __all__ = ["check_outputs", "refuse_input", "write_text"]
 
@@ -48,8 +49,10 @@ def refuse_input(path: Path, files: Sequence[Path], models: Sequence[Path], phot
         models: their folders, in which nothing is written; those that are not there count for nothing.
         photographs: their folder, in which a page and figures may lie, but no picture, caption or mask.
     Raises:
-        UsageError: it is, or would be, one of them.
+        UsageError: it is, or would be, one of them, or is what a training run left in its folder.
     """
+    if folder := _run_of(path):
+        raise UsageError(f"{path} belongs to the training run in {folder}: give the output another name")
     if any(_places(path) & _places(file) for file in files):
         raise UsageError(
             f"{path} is an input of this command, or belongs to one: give the output another name"
@@ -62,6 +65,19 @@ def refuse_input(path: Path, files: Sequence[Path], models: Sequence[Path], phot
             f"{path} belongs to {photographs}, where it would count as a photograph or its caption: put the "
             "output elsewhere"
         )
+
+
+def _run_of(path: Path) -> Path | None:
+    """Return the folder of the training run that left a file, if one did: pages and figures are no run's."""
+    if not os.path.lexists(path):
+        return None
+    for place in _places(path):
+        for folder in place.parents[:3]:  # a model's weights lie deepest
+            mine = place.suffix.lower() in (".html", ".json") and not place.name.startswith(".")
+            mine = mine and place.parent == folder and not place.with_suffix(".safetensors").exists()
+            if not mine and is_run(folder):
+                return folder
+    return None
 
 
 def _places(path: Path) -> set[Path]:
