@@ -58,7 +58,9 @@ def _make_parents(path: Path, folder: Path) -> list[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise OutputError(f"{folder} lies in what is a file; pass another --output-dir") from error
+        raise OutputError(
+            f"{folder} cannot be written, it lies in a file; pass another --output-dir"
+        ) from error
     except OSError as error:
         raise OutputError(
             f"{folder} cannot be written: {error.strerror}; pass another --output-dir"
