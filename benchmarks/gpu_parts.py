@@ -125,7 +125,7 @@ def onnx_job(settings: Settings) -> dict[str, Any]:
 
 
 def on_base(settings: Settings) -> list[str]:
-    """Return the words for a tiny base, which is exported in a third of toybox's time; none for toybox."""
+    """Return the words for a tiny base, which is exported sooner than toybox; none for toybox."""
     return ["--base", str(base_of("sd15", settings))] if settings.tiny else []
 
 

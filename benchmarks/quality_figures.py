@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SETTINGS, SUBJECTS, recipe
 from dbadapter import metrics
 
-__all__ = ["best_rates", "forgotten", "fresh", "main_precision", "search", "summary"]
+__all__ = ["DEFAULT", "FULL", "best_rates", "forgotten", "fresh", "main_precision", "search", "summary"]
 
 #: Between 0 and 1 by their definition: so are the ends of their intervals.
 SHARES = frozenset(

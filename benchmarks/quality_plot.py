@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from benchmarks.quality_figures import DEFAULT, FULL
 from benchmarks.quality_plan import METHODS
 
 __all__ = ["pareto"]
@@ -17,7 +18,7 @@ Box = tuple[float, float, float, float]
 Point = tuple[float, float]
 
 SIZE = (1500, 760)
-_MAIN = ("adapter", "full")
+_MAIN = (DEFAULT, FULL)
 _CROWD = (0.25, 0.5)  # forgotten less, more like the subject: enlarged
 _LABEL = 15  # pixels of a label's height
 _ADAPTER, _FULL, _GREY, _LIGHT = "#0072b2", "#d55e00", "#555555", "#e4e4e4"  # Okabe and Ito's

@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from dbadapter.base import Base
 
 # They train in the test's own process: after exports in the same worker they take several times as long.
-FIRST = ("test_selection.py", "test_training.py", "test_training_endings.py", "test_benchmarks_quality.py")
+FIRST = (
+    "test_selection.py",
+    "test_training.py",
+    "test_training_endings.py",
+    "test_benchmarks_quality_commands.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""The arithmetic of `benchmarks.quality` and `benchmarks.select`, their order, and a quick run."""
+"""The arithmetic of `benchmarks.quality`: its search, its means and differences, its order and tables."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ pytest.importorskip("numba", reason="the benchmarks draw their own pictures")
 
 import click
 import torch
-from click.testing import CliRunner
 
-from benchmarks import quality, quality_table, select
+from benchmarks import quality_table
 from benchmarks.quality_figures import (
-    FIGURES,
     best_rates,
     main_precision,
     search,
@@ -26,60 +24,20 @@ from benchmarks.quality_figures import (
 )
 from benchmarks.quality_plan import (
     METHODS,
-    PRECISIONS,
     SEARCH_SUBJECTS,
     SEARCHED,
     SEEDS,
     SUBJECTS,
-    Work,
     recipe,
     share,
     works,
 )
 from benchmarks.quality_plot import SIZE, pareto
-from benchmarks.toybox_runs import append, read_runs
 from dbadapter import metrics
-from dbadapter.base import pick_device, pick_precision
 from dbadapter.config import TrainConfig
 from dbadapter.presets import PRESETS
 from dbadapter.toybox.subjects import SUBJECTS as TUNED_ON
-
-PRECISION = PRECISIONS[pick_precision(pick_device())]  # of this machine: the quick runs find their search
-OTHER = next(name for name in PRECISIONS.values() if name != PRECISION)
-RATES = {name: rates[0] for name, rates in SEARCHED.items()}
-
-
-def line(
-    method: str, subject: str, seed: int, value: float, stage: str = "compare", **more: Any
-) -> dict[str, Any]:
-    names = ("subject_fidelity", "prompt_fidelity", "noun_agreement")
-    rate = RATES[method]
-    return {
-        "key": f"{stage}/{method}/{subject}/seed-{seed}/rate-{more.get('rate', rate):g}"
-        f"/{more.get('precision', PRECISION)}",
-        "stage": stage,
-        "method": method,
-        "subject": subject,
-        "seed": seed,
-        "rate": rate,
-        "precision": PRECISION,
-        "quick": False,
-        "recipe": recipe(method, quick=more.get("quick", False)),
-        "ceiling": 0.9,
-        "before": dict.fromkeys(names, 0.1),
-        **dict.fromkeys((name for name in FIGURES if name != "forgotten"), value),
-        **more,
-    }
-
-
-def searches(**more: Any) -> list[dict[str, Any]]:
-    """A complete search of every method, whose first rate is the best."""
-    return [
-        line(name, subject.name, 0, 0.5, "search", rate=rate, score=0.9 if rate == rates[0] else 0.5, **more)
-        for name, rates in SEARCHED.items()
-        for rate in rates
-        for subject in SEARCH_SUBJECTS
-    ]
+from tests.quality_lines import OTHER, PRECISION, RATES, line, searches
 
 
 def test_the_subjects_are_held_out() -> None:
@@ -216,15 +174,6 @@ def test_how_far_two_runs_lie_apart_by_hand(tmp_path: Path) -> None:
     assert summary(searches())["apart"]["seed"] == {"pairs": 0, "of": []}
 
 
-def test_time_that_is_over_leaves_a_summary(tmp_path: Path) -> None:
-    for run in (searches()[0], line("adapter", "a", 0, 0.5)):
-        append(tmp_path / "runs.jsonl", run)
-    words = ["--seconds", "0", "--runs", str(tmp_path / "runs.jsonl"), "--json", str(tmp_path / "q.json")]
-    done = CliRunner().invoke(quality.main, words)
-    assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "q.json").read_text())["compared"] == 0
-
-
 def test_runs_of_another_recipe_count_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [*searches(), line("adapter", "a", 0, 0.5), line("adapter", "b", 0, 0.9, recipe="older")]
     runs.append({key: value for key, value in line("adapter", "c", 0, 0.9).items() if key != "precision"})
@@ -345,133 +294,3 @@ def test_tables_of_the_readme(tmp_path: Path) -> None:
     assert row.startswith("| `full`: 0.0004 - 2.5e-05 | 3 | **+.500 [+.500, +.500]** |")
     assert again["compared"] == 6
     assert "| `full` | 2.5e-05 | **.90** | .50 | .50 |" in quality_table.searched(tmp_path / "q.json")
-
-
-def test_a_line_that_was_cut_is_run_again(tmp_path: Path) -> None:
-    runs = tmp_path / "runs.jsonl"
-    append(runs, {"key": "a", "score": 1})
-    append(runs, {"key": "b", "score": 2})
-    with runs.open("a") as file:
-        file.write('{"key": "c", "sco')
-    assert [run["key"] for run in read_runs(runs)] == ["a", "b"]
-    append(runs, {"key": "d"})
-    append(runs, {"key": "e"})
-    assert [run["key"] for run in read_runs(runs)] == ["a", "b", "d", "e"]
-    assert read_runs(tmp_path / "none.jsonl") == []
-
-
-def test_a_run_in_another_precision_is_run_again_only_on_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs, made = tmp_path / "runs.jsonl", []
-    for each in (*searches(precision=OTHER), line("adapter", SUBJECTS[0].name, 0, 0.5, precision=OTHER)):
-        append(runs, each)
-
-    def run(bench: object, work: Work, *, quick: bool) -> dict[str, Any]:
-        made.append(work.key)
-        return line(work.method, work.subject.name, work.seed, 0.6, work.stage, seconds=1.0)
-
-    monkeypatch.setattr(quality, "Bench", lambda *_: None)
-    monkeypatch.setattr(quality, "run", run)
-    words = ["--methods", "adapter", "--seeds", "0", "--runs", str(runs)]
-    done = CliRunner().invoke(quality.main, words)
-    assert done.exit_code == 0, done.output
-    keys = [f"compare/adapter/{s.name}/seed-0/rate-{RATES['adapter']:g}/{PRECISION}" for s in SUBJECTS]
-    assert made == keys[1:]
-    assert f"runs.jsonl holds runs in {OTHER}; what is missing is run in {PRECISION}" in done.output
-    named = next(word for word, name in PRECISIONS.items() if name == PRECISION)
-    done = CliRunner().invoke(quality.main, [*words, "--mixed-precision", named])
-    assert done.exit_code == 0, done.output
-    assert made == [*keys[1:], keys[0]]
-
-
-def test_best_against_last_by_hand(tmp_path: Path) -> None:
-    def row(subject: str, best: float, last: float) -> dict[str, Any]:
-        sides = {
-            side: {**dict.fromkeys(select.COMPARED, value), "step": 3, "seconds": 1.0, "cpu_seconds": 1.0}
-            for side, value in (("best", best), ("last", last))
-        }
-        return {
-            "key": subject,
-            "kind": "overfitting",
-            "subject": subject,
-            "precision": PRECISION,
-            **sides,
-        }
-
-    whole = select.summary([row("a", 0.8, 0.5), row("b", 0.6, 0.5)])
-    found = whole["overfitting"]
-    assert found["best"]["score"] == 0.7
-    assert found["best_minus_last"]["score"]["value"] == pytest.approx(0.2)
-    assert found["subjects"] == 2
-    (tmp_path / "s.json").write_text(json.dumps({"quick": False, **whole}))
-    shown = quality_table.chosen(tmp_path / "s.json").splitlines()
-    assert "| overfitting | score | .70 | .50 | +.200 [-1.800, +2.200] |" in shown
-    assert shown[-2] == "| overfitting | step | 3 | 3 |  |"
-
-
-@pytest.mark.parametrize("command", [quality.main, select.main])
-def test_quick_runs_stay_out_of_the_real_ones(command: click.Command) -> None:
-    done = CliRunner().invoke(command, ["--quick"])
-    assert done.exit_code == 2
-    assert "pass --runs as well" in done.output
-
-
-def test_bad_words() -> None:
-    assert "--part must be like 1/2" in CliRunner().invoke(quality.main, ["--part", "3/2"]).output
-    assert "--part must be like 1/2" in CliRunner().invoke(select.main, ["--part", "one"]).output
-    assert "unknown seeds 7" in CliRunner().invoke(quality.main, ["--seeds", "0,7"]).output
-    assert "unknown methods best" in CliRunner().invoke(quality.main, ["--methods", "best"]).output
-
-
-def test_a_quick_run_and_going_on(tmp_path: Path) -> None:
-    """One adapter and one whole model, two steps each, for real; the second call finds all done."""
-    runs = tmp_path / "runs.jsonl"
-    for each in searches(quick=True):
-        append(runs, each)
-    words = ["--quick", "--stage", "compare", "--runs", str(runs), "--work-dir", str(tmp_path / "work")]
-    done = CliRunner().invoke(quality.main, [*words, "--json", str(tmp_path / "a.json")])
-    assert done.exit_code == 0, done.output
-    found = json.loads((tmp_path / "a.json").read_text())
-    assert set(found["methods"]) == {"adapter", "full"}
-    adapter, full = found["methods"]["adapter"], found["methods"]["full"]
-    assert full["bytes"]["value"] > 20 * adapter["bytes"]["value"]
-    assert adapter["peak_memory_mb"]["value"] > 100
-    assert len(list((tmp_path / "work").rglob("*-0-*.png"))) == 2
-    size = runs.stat().st_size
-    again = CliRunner().invoke(quality.main, words)
-    assert again.exit_code == 0
-    assert runs.stat().st_size == size
-
-
-def test_a_part_waits_for_the_others_share_of_the_search(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs, slept = tmp_path / "runs.jsonl", []
-    mine, others = searches(quick=True)[::2], searches(quick=True)[1::2]
-    for each in (*mine, line("adapter", SUBJECTS[0].name, 0, 0.5, quick=True)):
-        append(runs, each)
-
-    def the_others_go_on(seconds: float) -> None:
-        slept.append(seconds)
-        append(runs, others.pop(0))
-
-    monkeypatch.setattr(quality.time, "sleep", the_others_go_on)
-    words = ["--quick", "--methods", "adapter", "--runs", str(runs), "--part", "1/2"]
-    done = CliRunner().invoke(quality.main, words)
-    assert done.exit_code == 0, done.output
-    assert len(slept) == len(SEARCHED["adapter"])
-    assert done.output.count("waiting for the other parts to search the rate of adapter") == 1
-
-
-def test_a_quick_run_of_select(tmp_path: Path) -> None:
-    words = ["--quick", "--runs", str(tmp_path / "runs.jsonl"), "--work-dir", str(tmp_path / "work")]
-    done = CliRunner().invoke(select.main, [*words, "--json", str(tmp_path / "a.json")])
-    assert done.exit_code == 0, done.output
-    about = json.loads((tmp_path / "a.json").read_text())["overfitting"]
-    assert about["subjects"] == 1
-    assert about["best"]["step"] <= about["last"]["step"] == 3
-    assert sorted(path.name for path in (tmp_path / "work/mug-100").glob("*.png")) == [
-        "overfitting-selection.png",
-        "overfitting.png",
-    ]
