@@ -173,7 +173,7 @@ def base_of(name: str, settings: Settings) -> Path:
 
         folder = settings.work / f"{name}-tiny"
         if not (folder / "model_index.json").exists():
-            write_tiny_base(folder, "sdxl" if name == "sdxl" else "sd1")
+            write_tiny_base(folder, "sdxl" if name == "sdxl" else "sd1", shallow=True)
         return folder
     from benchmarks.true_size import write_base
 

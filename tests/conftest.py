@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,16 @@ FIRST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put whole training runs before everything else; the others stay in their order."""
     items.sort(key=lambda item: item.path.name not in FIRST)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_are_no_garbage() -> None:
+    """Keep what the libraries made when they were imported out of all collections of a worker."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        for name in ("diffusers.loaders", "peft", "transformers.models.clip"):
+            import_module(name)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention
-from tiny_bases import FAMILIES, Family, _unet
+from tiny_bases import FAMILIES, Family, tiny_unet
 from torch import nn
 
 from dbadapter.errors import ExportError
@@ -17,7 +17,7 @@ from dbadapter.export.attention import FusedAttnProcessor, use_fused_attention
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_unet_computes_as_before(family: Family) -> None:
     torch.manual_seed(0)
-    unet = _unet(family).eval()
+    unet = tiny_unet(family).eval()
     call: dict[str, Any] = {"return_dict": False}
     if family == "sdxl":
         call["added_cond_kwargs"] = {"text_embeds": torch.randn(2, 48), "time_ids": torch.randn(2, 6)}

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from tiny_bases import Family, _unet
+from tiny_bases import Family, tiny_unet
 from torch import Tensor, nn
 
 from dbadapter.errors import ExportError
@@ -166,7 +166,7 @@ def module_counts(unet: Any) -> dict[str, int]:
 @cache
 def exported_unet(family: Family, dtype: torch.dtype) -> Exported:
     torch.manual_seed(0)
-    unet = with_random_norms(_unet(family)).to(dtype)
+    unet = with_random_norms(tiny_unet(family, shallow=True)).to(dtype)
     module = Called(unet)
     inputs = tiny_inputs(unet, family)
     with torch.no_grad():
@@ -194,7 +194,7 @@ def small() -> Exported:
 def swappable() -> Exported:
     """A UNet with adapters on linear layers and convolutions of each kind, ranks 3, factors as inputs."""
     torch.manual_seed(0)
-    unet: Any = with_random_norms(_unet("sd1"))
+    unet: Any = with_random_norms(tiny_unet("sd1"))
     layers = {name: layer for name, layer in unet.named_modules() if name.endswith(ADAPTED)}
     use_fused_attention(unet)
     module, inputs = Called(unet), tiny_inputs(unet, "sd1")
@@ -247,7 +247,7 @@ def test_a_file_without_types_and_shapes_of_its_values_expands_too(exported: Exp
 
 def test_another_size_goes_through_the_fused_graph(small: Exported) -> None:
     torch.manual_seed(0)
-    unet = with_random_norms(_unet("sd2"))
+    unet = with_random_norms(tiny_unet("sd2"))
     inputs = tiny_inputs(unet, "sd2", batch=3, height=8, width=2)
     with torch.no_grad():
         expected = Called(unet)(*inputs).numpy()

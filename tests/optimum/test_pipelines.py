@@ -47,13 +47,13 @@ class Exported:
     pictures: list[Picture]
 
 
-@pytest.fixture(scope="module", params=["toybox", "sd2", "sdxl"])
+@pytest.fixture(scope="class")
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """toybox, which is built like SD1, and random bases: SD2 that predicts v, SDXL."""
-    folder, spec = tmp_path_factory.mktemp("export"), request.param
+    folder, spec = tmp_path_factory.mktemp("export"), request.cls.base
     if spec != "toybox":
         prediction_type = "v_prediction" if spec == "sd2" else "epsilon"
-        spec = str(write_tiny_base(folder / "base", spec, prediction_type=prediction_type))
+        made = write_tiny_base(folder / "base", spec, prediction_type=prediction_type, shallow=True)
+        spec = str(made)
     base = load_base(spec, device="cpu")
     # SDXL's has many layers without attention: a stronger one, of all layers, shows in its pictures.
     strong: dict[str, Any] = (
@@ -78,65 +78,91 @@ def largest_difference(ones: list[Image.Image], others: list[Image.Image]) -> in
     return max(int(np.abs(one - other).max()) for one, other in pairs)
 
 
-@pytest.mark.parametrize("use_io_binding", [False, True])
-def test_optimum_draws_what_torch_draws(exported: Exported, use_io_binding: bool) -> None:
-    """The same seeds, and so the same latents. Bound buffers have the shapes that the graphs' words say."""
-    from optimum.onnxruntime import (
-        ORTDiffusionPipeline,
-        ORTStableDiffusionPipeline,
-        ORTStableDiffusionXLPipeline,
-    )
+class InOptimum:
+    """What every base's export must do there; its class is what one worker runs (`--dist loadscope`)."""
 
-    theirs = ORTDiffusionPipeline.from_pretrained(exported.folder, use_io_binding=use_io_binding)
-    xl = exported.base.family == "sdxl"
-    # as the folder's model_index.json says
-    assert type(theirs) is (ORTStableDiffusionXLPipeline if xl else ORTStableDiffusionPipeline)
-    drawn = images(generate_pictures(theirs, PROMPTS, **SETTINGS))
-    assert largest_difference(drawn, images(exported.pictures)) <= TOLERANCE
-    ours = images(generate_pictures(load_onnx_pipeline(exported.folder), PROMPTS, **SETTINGS))
-    assert largest_difference(drawn, ours) <= TOLERANCE
-
-
-def test_optimum_changes_a_picture_as_torch_does(exported: Exported) -> None:
-    """Image to image, the only one that takes the VAE's encoder; not square, and several at once."""
-    import diffusers
-    from optimum import onnxruntime
-
-    kind = "StableDiffusionXLImg2ImgPipeline"
-    options: dict[str, Any] = {"add_watermarker": False}
-    if exported.base.family != "sdxl":
-        kind, options = "StableDiffusionImg2ImgPipeline", {"requires_safety_checker": False}
-    side = exported.base.resolution
-    picture = exported.pictures[0].image.resize((side, 2 * side))
-    drawn = []
-    for pipeline in (
-        getattr(onnxruntime, f"ORT{kind}").from_pretrained(exported.folder),
-        getattr(diffusers, kind)(**exported.base.pipeline.components, **options),
-    ):
-        pipeline.set_progress_bar_config(disable=True)
-        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-        result = pipeline(PROMPTS, image=picture, strength=0.5, num_inference_steps=20, generator=generators)
-        drawn.append(result.images)
-    assert drawn[0][0].size == picture.size
-    assert largest_difference(*drawn) <= TOLERANCE
-
-
-@pytest.mark.parametrize("exported", ["toybox", "sd2"], indirect=True)  # it has none for SDXL
-def test_diffusers_own_onnx_pipeline_draws_the_same(exported: Exported) -> None:
-    """It has 8 pixels a latent cell in its code; these bases have 4, so it is asked for twice their size."""
-    from diffusers import OnnxStableDiffusionPipeline
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it announces its own removal
-        theirs = OnnxStableDiffusionPipeline.from_pretrained(
-            exported.folder, provider="CPUExecutionProvider", local_files_only=True
+    @pytest.mark.parametrize("use_io_binding", [False, True])
+    def test_optimum_draws_what_torch_draws(self, exported: Exported, use_io_binding: bool) -> None:
+        """The same seeds, so the same latents. Bound buffers have the shapes that the graphs' words say."""
+        from optimum.onnxruntime import (
+            ORTDiffusionPipeline,
+            ORTStableDiffusionPipeline,
+            ORTStableDiffusionXLPipeline,
         )
-    theirs.set_progress_bar_config(disable=True)
-    cells = exported.base.resolution // exported.base.vae_scale_factor
-    latents = torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(1))
-    settings: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 5.0}
-    drawn = theirs(PROMPTS[0], latents=latents.numpy(), height=8 * cells, width=8 * cells, **settings).images
-    by_torch = exported.base.pipeline(PROMPTS[0], latents=latents, **settings).images
-    by_us = load_onnx_pipeline(exported.folder)(PROMPTS[0], latents=latents, **settings).images
-    assert largest_difference(drawn, by_torch) <= TOLERANCE
-    assert largest_difference(drawn, by_us) <= TOLERANCE
+
+        theirs = ORTDiffusionPipeline.from_pretrained(exported.folder, use_io_binding=use_io_binding)
+        xl = exported.base.family == "sdxl"
+        # as the folder's model_index.json says
+        assert type(theirs) is (ORTStableDiffusionXLPipeline if xl else ORTStableDiffusionPipeline)
+        drawn = images(generate_pictures(theirs, PROMPTS, **SETTINGS))
+        assert largest_difference(drawn, images(exported.pictures)) <= TOLERANCE
+        ours = images(generate_pictures(load_onnx_pipeline(exported.folder), PROMPTS, **SETTINGS))
+        assert largest_difference(drawn, ours) <= TOLERANCE
+
+    def test_optimum_changes_a_picture_as_torch_does(self, exported: Exported) -> None:
+        """Image to image, the only one that takes the VAE's encoder; not square, and several at once."""
+        import diffusers
+        from optimum import onnxruntime
+
+        kind = "StableDiffusionXLImg2ImgPipeline"
+        options: dict[str, Any] = {"add_watermarker": False}
+        if exported.base.family != "sdxl":
+            kind, options = "StableDiffusionImg2ImgPipeline", {"requires_safety_checker": False}
+        side = exported.base.resolution
+        picture = exported.pictures[0].image.resize((side, 2 * side))
+        drawn = []
+        for pipeline in (
+            getattr(onnxruntime, f"ORT{kind}").from_pretrained(exported.folder),
+            getattr(diffusers, kind)(**exported.base.pipeline.components, **options),
+        ):
+            pipeline.set_progress_bar_config(disable=True)
+            generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+            result = pipeline(
+                PROMPTS, image=picture, strength=0.5, num_inference_steps=20, generator=generators
+            )
+            drawn.append(result.images)
+        assert drawn[0][0].size == picture.size
+        assert largest_difference(*drawn) <= TOLERANCE
+
+
+class InDiffusersToo(InOptimum):
+    """Of the bases for which diffusers has a pipeline of its own: it has none for SDXL."""
+
+    def test_diffusers_own_onnx_pipeline_draws_the_same(self, exported: Exported) -> None:
+        """It has 8 pixels a latent cell in its code; these bases have 4: it is asked for twice their size."""
+        from diffusers import OnnxStableDiffusionPipeline
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it announces its own removal
+            theirs = OnnxStableDiffusionPipeline.from_pretrained(
+                exported.folder, provider="CPUExecutionProvider", local_files_only=True
+            )
+        theirs.set_progress_bar_config(disable=True)
+        cells = exported.base.resolution // exported.base.vae_scale_factor
+        latents = torch.randn(1, 4, cells, cells, generator=torch.Generator().manual_seed(1))
+        settings: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 5.0}
+        drawn = theirs(
+            PROMPTS[0], latents=latents.numpy(), height=8 * cells, width=8 * cells, **settings
+        ).images
+        by_torch = exported.base.pipeline(PROMPTS[0], latents=latents, **settings).images
+        by_us = load_onnx_pipeline(exported.folder)(PROMPTS[0], latents=latents, **settings).images
+        assert largest_difference(drawn, by_torch) <= TOLERANCE
+        assert largest_difference(drawn, by_us) <= TOLERANCE
+
+
+class TestToybox(InDiffusersToo):
+    """Built like SD1, its weights real."""
+
+    base = "toybox"
+
+
+class TestSD2(InDiffusersToo):
+    """A random base that predicts v."""
+
+    base = "sd2"
+
+
+class TestSDXL(InOptimum):
+    """A random base."""
+
+    base = "sdxl"
