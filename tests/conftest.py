@@ -17,6 +17,7 @@ if (
     "PYTEST_XDIST_WORKER" in os.environ
 ):  # before torch is imported; threads that compete are many times slower
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("NUMBA_NUM_THREADS", "1")  # its OpenMP sets the number for torch too
 
 if TYPE_CHECKING:
     from dbadapter.base import Base
