@@ -62,9 +62,9 @@ class Settings:
     resolution: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_images_per_prompt", "num_class_images"):
-            if not 1 <= getattr(self, name) <= MOST_IMAGES:
-                raise UsageError(f"{name} must be from 1 to {MOST_IMAGES}, got {getattr(self, name)}")
+        for name, least in (("num_images_per_prompt", 1), ("num_class_images", 2)):
+            if not least <= getattr(self, name) <= MOST_IMAGES:
+                raise UsageError(f"{name} must be from {least} to {MOST_IMAGES}, got {getattr(self, name)}")
         if not 1 <= self.num_inference_steps <= MOST_STEPS:
             raise UsageError(
                 f"num_inference_steps must be from 1 to {MOST_STEPS}, got {self.num_inference_steps}"
@@ -353,13 +353,13 @@ def evaluate(
     scores = evaluator.score_base(base.pipeline, _stage(progress, "base"))
     if on_pictures is not None:
         on_pictures("base", scores.drawn)
+    scores = replace(scores, drawn={})  # no candidate's pictures are kept while the next one draws
     found: dict[str, Any] = {"base": scores.figures}
     compared: dict[str, Scores] = {}
     left_out: dict[str, str] = {}
     for candidate in candidates:
         try:
-            with pipeline_of(base, candidate) as pipeline:
-                scores = evaluator.score(pipeline, candidate.subject, _stage(progress, candidate.name))
+            scores = _scores_of(candidate, base, evaluator, progress)
         except BaseError as error:  # what hours have drawn of the others must not be lost with it
             left_out[candidate.name] = str(error)
             warnings.warn(f"{candidate.path} is left out: {error}", UserWarning, stacklevel=2)
@@ -367,7 +367,7 @@ def evaluate(
         found[candidate.name] = scores.figures | {"bytes": candidate.bytes}
         if on_pictures is not None:
             on_pictures(candidate.name, scores.drawn)
-        compared[candidate.name] = replace(scores, drawn={})  # its pictures are not kept
+        compared[candidate.name] = scores = replace(scores, drawn={})
     if left_out and not compared:
         raise BaseError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()))
     report: dict[str, Any] = {
@@ -389,6 +389,12 @@ def evaluate(
     accuracy = {**(encoder.accuracy or {}), **((prompt_judge.accuracy or {}) if prompt_judge else {})}
     report |= {"left_out": left_out} if left_out else {}
     return report | ({"encoder_accuracy": accuracy} if accuracy else {})
+
+
+def _scores_of(candidate: Candidate, base: Base, evaluator: Evaluator, progress: Progress | None) -> Scores:
+    """Score one candidate; its model is gone when this returns, before the next one is loaded."""
+    with pipeline_of(base, candidate) as pipeline:
+        return evaluator.score(pipeline, candidate.subject, _stage(progress, candidate.name))
 
 
 def _warn_of_twins(photographs: Sequence[Image.Image]) -> None:

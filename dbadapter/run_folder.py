@@ -111,7 +111,7 @@ class RunFolder:
             note = json.loads(self._note.read_text(encoding="utf-8"))
             asked = note.get("asked")
             return Finished(int(note["steps"]), dict(note["identity"]), None if asked is None else int(asked))
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
     def finish(self, finished: Finished) -> None:

@@ -16,7 +16,7 @@ from evaluated import draw_photographs, write_adapters
 
 from dbadapter.base import load_base
 from dbadapter.cli import main
-from dbadapter.cli.report_files import refuse_input
+from dbadapter.cli.report_files import refuse_input, write_text
 from dbadapter.errors import BaseError, UsageError
 from dbadapter.evaluation import Settings
 from dbadapter.sampling import MOST_IMAGES
@@ -314,10 +314,25 @@ def test_overwrite_spares_what_is_read(name: str, photographs: Path, files: Path
     assert path.read_bytes() == before
 
 
+def test_an_interrupted_page_leaves_nothing_beside_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "out.html").write_text("old")
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(tmp_path / "out.html", "new", "--report", [])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"out.html": "old"}
+
+
 def test_more_pictures_than_fit_are_refused_at_once() -> None:
     assert sys.modules["dbadapter.cli.evaluate"]._MOST_IMAGES == MOST_IMAGES
-    with pytest.raises(UsageError, match="num_class_images must be from 1 to 1000, got 1001"):
+    with pytest.raises(UsageError, match="num_class_images must be from 2 to 1000, got 1001"):
         Settings(num_class_images=1001)
+    with pytest.raises(UsageError, match=r"from 2 to 1000, got 1$"):
+        Settings(num_class_images=1)  # diversity is of pairs
     assert "1<=x<=1000" in run("--instance-data-dir", "x", "--num-images-per-prompt", "1001").output
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -222,6 +225,35 @@ def test_a_broken_candidate_takes_the_others_not_with_it(
         pytest.raises(BaseError, match="hat: the model gave values that are not finite"),
     ):
         evaluate(base, [other], shown, PROMPTS, **words)
+
+
+def test_one_model_is_in_memory_at_a_time(
+    base: Base, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Model:
+        pass
+
+    models: list[weakref.ref[Model]] = []
+    alive: list[int] = []
+
+    @contextmanager
+    def pipeline_of(base: Base, candidate: Any) -> Iterator[Model]:
+        alive.append(sum(model() is not None for model in models))
+        model = Model()
+        models.append(weakref.ref(model))
+        yield model
+
+    draw = evaluation.Evaluator.score
+    monkeypatch.setattr(evaluation, "pipeline_of", pipeline_of)
+    monkeypatch.setattr(
+        evaluation.Evaluator, "score", lambda self, _, *rest: draw(self, base.pipeline, *rest)
+    )
+    one = load_candidate(files / "dog.safetensors", "dog")
+    three = [replace(one, name=f"{number}") for number in range(3)]
+    words = {"class_noun": "dog", "encoder": PIXELS, "settings": FEW}
+    report = evaluate(base, three, load_references(find_references(photographs), 32), PROMPTS, **words)
+    assert report["figures"].keys() == {"base", "0", "1", "2"}
+    assert alive == [0, 0, 0]
 
 
 def test_the_same_photograph_twice_is_told(base: Base, photographs: Path, files: Path) -> None:

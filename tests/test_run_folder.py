@@ -102,6 +102,13 @@ def test_a_finished_run_keeps_its_note_until_the_next_starts(earlier: RunFolder)
     assert earlier.finished is None
 
 
+@pytest.mark.parametrize("note", ["null", "[]", '"x"', "{", "{}"])
+def test_a_damaged_note_is_none(earlier: RunFolder, note: str) -> None:
+    earlier.finish(Finished(2, {"seed": 1}))
+    (earlier.path / ".finished.json").write_text(note)
+    assert earlier.finished is None
+
+
 def test_metrics_pass_over_a_line_that_was_cut_short(earlier: RunFolder) -> None:
     with earlier.metrics.open("a") as file:
         file.write('{"step": 3, "lo')

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,6 +229,19 @@ def test_the_command_says_what_was_chosen(config: TrainConfig, monkeypatch: pyte
     assert done.exit_code == 0, done.output
     assert "Best score: step 3 of 6" in done.output
     assert "out-last.safetensors" in done.output
+
+
+@pytest.mark.parametrize(
+    ("likeness", "score", "said"),
+    [(0.0, 0.0, "pass more --max-train-steps"), (0.9, 0.0, "look at the pictures"), (0.9, 0.5, "0.500 of 1")],
+)
+def test_a_score_of_nothing_says_which_part_is_nothing(
+    tmp_path: Path, likeness: float, score: float, said: str
+) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(json.dumps({"step": 6, "score": score, "likeness": likeness}) + "\n")
+    result: Any = SimpleNamespace(metrics_path=metrics, chosen_step=6)
+    assert sys.modules["dbadapter.cli.train"]._score_of(result).endswith(said)
 
 
 def test_few_prompts_that_fit_things_and_animals() -> None:

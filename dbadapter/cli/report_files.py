@@ -122,5 +122,6 @@ def write_text(path: Path, text: str, option: str, failed: list[OutputError]) ->
         failed.append(
             OutputError(f"{path} cannot be written ({error.strerror or error}): pass another {option}")
         )
+    finally:  # also when it is interrupted
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

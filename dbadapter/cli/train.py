@@ -103,14 +103,22 @@ def _say(result: TrainResult) -> None:
     )
 
 
+_WHY_NOTHING = {
+    "likeness": "no checkpoint shows the subject yet: pass more --max-train-steps",
+    "other": "it shows the subject, but by this score prompts or class are lost: look at the pictures",
+}
+
+
 def _score_of(result: TrainResult) -> str:
     """Return the score that chose the file, and what to do where it says that nothing was learned."""
     lines = map(json.loads, result.metrics_path.read_text(encoding="utf-8").splitlines())
-    scores = [line["score"] for line in lines if line["step"] == result.chosen_step and "score" in line]
-    if not scores:
+    chosen = [line for line in lines if line["step"] == result.chosen_step and "score" in line]
+    if not chosen:
         return ""
-    hint = "" if scores[-1] > 0 else "; no checkpoint shows the subject yet: pass more --max-train-steps"
-    return f", {scores[-1]:.3f} of 1{hint}"
+    parts, hint = chosen[-1], ""
+    if parts["score"] <= 0:
+        hint = f"; {_WHY_NOTHING['likeness' if parts.get('likeness', 0) <= 0 else 'other']}"
+    return f", {parts['score']:.3f} of 1{hint}"
 
 
 def _say_noun(resolved: Path) -> None:
