@@ -166,7 +166,7 @@ def module_counts(unet: Any) -> dict[str, int]:
 @cache
 def exported_unet(family: Family, dtype: torch.dtype) -> Exported:
     torch.manual_seed(0)
-    unet = with_random_norms(tiny_unet(family, shallow=True)).to(dtype)
+    unet = with_random_norms(tiny_unet(family, shallow=dtype == HALF)).to(dtype)
     module = Called(unet)
     inputs = tiny_inputs(unet, family)
     with torch.no_grad():

@@ -36,7 +36,7 @@ def write_tiny_base(
         seed: of all weights; the same seed gives the same weights.
         clip_vocabulary: CLIP's 49,408 tokens, or, faster, the 514 that spell every text byte by byte.
         shallow: of sdxl a UNet with one resnet per level and one block per transformer, which is exported
-            in a third of the time; single files need the two of LDM.
+            in about half the time; single files need the two of LDM.
     """
     from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 

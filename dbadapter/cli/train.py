@@ -103,12 +103,6 @@ def _say(result: TrainResult) -> None:
     )
 
 
-_WHY_NOTHING = {
-    "likeness": "no checkpoint shows the subject yet: pass more --max-train-steps",
-    "other": "it shows the subject, but by this score prompts or class are lost: look at the pictures",
-}
-
-
 def _score_of(result: TrainResult) -> str:
     """Return the score that chose the file, and what to do where it says that nothing was learned."""
     lines = map(json.loads, result.metrics_path.read_text(encoding="utf-8").splitlines())
@@ -116,8 +110,10 @@ def _score_of(result: TrainResult) -> str:
     if not chosen:
         return ""
     parts, hint = chosen[-1], ""
-    if parts["score"] <= 0:
-        hint = f"; {_WHY_NOTHING['likeness' if parts.get('likeness', 0) <= 0 else 'other']}"
+    if parts["score"] <= 0 and parts.get("likeness", 0) <= 0:
+        hint = "; no checkpoint shows the subject yet: pass more --max-train-steps"
+    elif parts["score"] <= 0:
+        hint = "; it shows the subject, but by this score prompts or class are lost: look at the pictures"
     return f", {parts['score']:.3f} of 1{hint}"
 
 

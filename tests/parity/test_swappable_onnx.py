@@ -43,7 +43,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     family: Family
     family, layers = request.param
     place = tmp_path_factory.mktemp(family)
-    write_tiny_base(place / "base", family, clip_vocabulary=False, shallow=True)
+    write_tiny_base(place / "base", family, clip_vocabulary=False, shallow=layers == ("attention",))
     base = load_base(str(place / "base"), device="cpu")
     report = export_onnx(base, {}, place / "onnx", swappable=True, layers=layers)
     dog = synthetic_adapter(base, seed=1, rank=3, targets=layers)
