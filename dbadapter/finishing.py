@@ -46,7 +46,7 @@ class TrainResult:
         instance_loss, prior_loss: means over the last tenth of the steps; None without a prior.
         best_path: the adapter of the step with the lowest validation loss, where that is not the last one.
         chosen_step: the step that became the file, with select "best".
-        last_path: the last step's adapter, where select "best" chose another.
+        last_path: the last step's adapter, where select "best" chose another and the last one draws.
         finished_before: the run was complete already; nothing was changed.
     """
 
@@ -89,8 +89,21 @@ class Trained:
     other_step: int | None = None
 
     @classmethod
-    def of(cls, made: Made, run: Run, family: str, best: Best | None, folder: RunFolder) -> Trained:
-        """Read the trained state out of a run, and its best one from the checkpoint."""
+    def of(
+        cls,
+        made: Made,
+        run: Run,
+        family: str,
+        best: Best | None,
+        folder: RunFolder,
+        *,
+        keep_last: bool = True,
+    ) -> Trained:
+        """Read the trained state out of a run, and its best one from the checkpoint.
+
+        Args:
+            keep_last: the last step's adapter is kept where another step's was chosen.
+        """
         base, config, choosing = run.base, run.config, run.config.select == "best"
         path = folder.checkpoint_of(best.step) if best is not None and best.step != made.steps else None
         earlier = best.step if best is not None and path is not None and path.exists() else None
@@ -112,8 +125,10 @@ class Trained:
         if earlier is None:
             return cls(made, base.device, last, skeleton, None)
         _go_back(run, folder, earlier)
-        if choosing:
+        if choosing and keep_last:
             return cls(made, base.device, adapter(), skeleton, None, last, made.steps)
+        if choosing:
+            return cls(made, base.device, adapter(), skeleton, None)
         return cls(made, base.device, last, skeleton, None, adapter(), earlier)
 
 

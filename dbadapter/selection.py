@@ -31,6 +31,7 @@ from dbadapter.preparation import Run
 
 __all__ = [
     "FIRST",
+    "GIVEN",
     "PARTS",
     "PATIENCE",
     "Selection",
@@ -38,10 +39,12 @@ __all__ = [
     "chosen_step",
     "curve",
     "exhausted",
+    "remembered",
     "scored_from",
 ]
 
 PARTS = ("score", "likeness", "obedience", "class_kept", "class_spread", "class_obedience")
+GIVEN = "max_train_steps"  # of a line with a score: what the run was given then
 PATIENCE = 3  # scores without a better one, then the run ends
 ROOM = 0.05  # of cosine, between the base and the photographs: less cannot be told from chance
 FIRST = 0.3  # of the run's steps: nothing is worth choosing before
@@ -110,13 +113,7 @@ class Selection:
                 UserWarning,
                 stacklevel=1,
             )
-        earlier = [
-            (int(line["step"]), {part: float(line[part]) for part in PARTS if part in line})
-            for line in metrics
-            if "score" in line
-        ]
-        if exhausted([parts["score"] for _, parts in earlier]):
-            earlier = []  # it had ended and is given more steps: new patience, killed in between or not
+        earlier = remembered(metrics, int(config.max_train_steps or 0))
         return cls(evaluator, f"{config.identifier} {config.class_noun}", base, earlier)
 
     def score(self, run: Run) -> dict[str, float]:
@@ -169,6 +166,33 @@ def exhausted(scores: Sequence[float]) -> bool:
     """
     earlier, last = scores[:-PATIENCE], scores[-PATIENCE:]
     return bool(earlier) and max(last) < max(earlier)
+
+
+def remembered(metrics: Sequence[Mapping[str, Any]], total: int) -> list[tuple[int, dict[str, float]]]:
+    """Return (step, score and parts) of what counts of a run's lines when it goes on.
+
+    A run that had ended and is given another number of steps has new patience, however often it was cut since
+    then; one that had ended and was cut before its file was whole has not.
+
+    Args:
+        metrics: lines of metrics.jsonl; a score's has the steps that the run was given then.
+        total: steps that it is given now.
+    """
+    found: list[tuple[int, dict[str, float]]] = []
+    given = 0
+
+    def give(steps: int) -> None:
+        nonlocal found, given
+        if steps != given and exhausted([parts["score"] for _, parts in found]):
+            found = []
+        given = steps
+
+    for line in metrics:
+        if "score" in line:
+            give(int(line.get(GIVEN, total)))  # lines of before had none
+            found.append((int(line["step"]), {part: float(line[part]) for part in PARTS if part in line}))
+    give(total)
+    return found
 
 
 def scored_from(config: TrainConfig) -> int:

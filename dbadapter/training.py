@@ -30,7 +30,7 @@ from dbadapter.prior import teacher_prediction
 from dbadapter.processes import Processes, local_device, processes
 from dbadapter.run_folder import Finished, RunFolder
 from dbadapter.sampling import save_pictures
-from dbadapter.selection import Selection, scored_from
+from dbadapter.selection import GIVEN, Selection, scored_from
 from dbadapter.speed import hand_back_freed_memory, keep_freed_memory, peak_memory_mb, use_tensor_cores
 
 __all__ = ["Run", "TrainResult", "batch_losses", "prepare", "train", "train_step", "validation_loss"]
@@ -202,7 +202,9 @@ def _learn(
         started_at=started_at,
         finished_at=datetime.now(UTC),
     )
-    return Trained.of(made, run, found.base.family, best, folder)
+    # An adapter whose pictures are not finite is of no use to anybody.
+    keep_last = selection is None or not selection.broken
+    return Trained.of(made, run, found.base.family, best, folder, keep_last=keep_last)
 
 
 def _loop(
@@ -236,7 +238,7 @@ def _loop(
                     lines[-1]["validation_loss"] = value = run.processes.mean(validation_loss(run))
                     if selection is not None:
                         scores = _scored(run, selection, best)
-                        lines[-1].update(scores)
+                        lines[-1] |= scores | ({GIVEN: total} if scores else {})
                         value = 1 - scores.get("score", -math.inf)
                     # Of equal scores (all 0 before the subject is there) the later checkpoint knows more.
                     later = selection is not None and best is not None and value == best.loss
@@ -249,7 +251,7 @@ def _loop(
                 if run.processes.is_main:
                     folder.append_metrics(lines)
                     for line in lines:
-                        logger.log(int(line["step"] or 0), {k: v for k, v in line.items() if k != "step"})
+                        logger.log(int(line["step"] or 0), _plotted(line))
                 on_log(lines[-1] | {"memory_mb": peak_memory_mb(run.base.device)})
             if saving and good is not None and run.processes.is_main:
                 checkpoint.write(folder.checkpoints, good)
@@ -313,6 +315,11 @@ def _preview(run: Run, folder: RunFolder, logger: Logger) -> None:
         pictures = draw_samples(run.config, run.base)
     save_pictures(pictures, folder.samples / f"step-{run.step:06d}", overwrite=True)
     logger.images(run.step, {picture.prompt: picture.image for picture in pictures})
+
+
+def _plotted(line: Figures) -> dict[str, float | int | None]:
+    """Return what of a line is a curve."""
+    return {name: value for name, value in line.items() if name not in ("step", GIVEN)}
 
 
 def _looked_at(

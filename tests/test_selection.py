@@ -25,7 +25,7 @@ from dbadapter.curve import SIZE, draw_curve
 from dbadapter.errors import BaseError, ConfigError, DataError, TrainingError, UsageError
 from dbadapter.evaluation import Evaluator, Scores, overall
 from dbadapter.evaluation_prompts import LIVE, OBJECT, selection_prompts
-from dbadapter.selection import Selection, exhausted
+from dbadapter.selection import Selection, exhausted, remembered
 from dbadapter.training import Run, train
 
 
@@ -108,6 +108,36 @@ def test_a_run_that_ended_goes_on_with_new_patience(
     assert (longer.steps, longer.chosen_step) == (9, 9)
 
 
+def test_a_run_that_ended_and_was_cut_before_its_file_is_finished(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("dbadapter.training.write_results", _killed)
+        scripted(patch, 0.5, 0.4, 0.4, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    scripted(monkeypatch)  # nothing is left to score
+    result = train(replace(config, resume=True))
+    assert (result.steps, result.chosen_step) == (6, 3)
+
+
+def _killed(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_new_patience_is_for_another_number_of_steps() -> None:
+    def line(step: int, score: float, given: int) -> dict[str, Any]:
+        return {"step": step, "score": score, selection.GIVEN: given}
+
+    ended = [line(step, score, 10) for step, score in enumerate((0.5, 0.4, 0.4, 0.3), start=1)]
+    assert [step for step, _ in remembered(ended, 10)] == [1, 2, 3, 4]
+    assert remembered(ended, 12) == remembered(ended, 8) == []
+    # Cut after it was given more, it goes on with the patience that it had.
+    more = [*ended, line(5, 0.2, 12), {"step": 6, "loss": 1.0}, line(7, 0.1, 12)]
+    assert remembered(more, 12) == [(5, {"score": 0.2}), (7, {"score": 0.1})]
+    assert [step for step, _ in remembered(ended[:3], 12)] == [1, 2, 3]
+
+
 def test_scores_of_nothing_choose_the_last_step(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     scripted(monkeypatch, *[0.0] * 9)
     result = train(replace(config, max_train_steps=6))
@@ -125,7 +155,7 @@ def test_pictures_that_are_not_finite_end_the_run(
     monkeypatch.setattr(Selection, "score", score)
     with pytest.warns(UserWarning, match="not finite any more at step 5: the run ends, and the best"):
         result = train(config)
-    assert (result.steps, result.chosen_step) == (5, 4)
+    assert (result.steps, result.chosen_step, result.last_path) == (5, 4, None)
     assert [line["score"] for line in lines(config) if "score" in line] == [0.4, 0.5]
 
 
