@@ -23,6 +23,7 @@ from dbadapter.photographs import Photograph, find_photographs, load_crop
 from dbadapter.sampling import MOST_IMAGES, MOST_STEPS, Picture, default_guidance, generate_pictures
 
 __all__ = [
+    "ROOM",
     "Evaluator",
     "Scores",
     "Settings",
@@ -35,6 +36,7 @@ __all__ = [
 Progress = Callable[[str, int, int], None]
 Drawn = dict[str, list[Image.Image]]
 NOT_MEASURED = "not measured"
+ROOM = 0.05  # of cosine, between the base and the photographs: less cannot be told from chance
 # Cosines, which may all be 0; of a judge's figures each is a share where all values are right or wrong.
 _COSINES = ("subject_fidelity", "prior_preservation", "drift")
 
@@ -267,7 +269,8 @@ def overall(figures: Mapping[str, Any], before: Mapping[str, Any], ceiling: floa
     likeness: the way from the base's subject fidelity to the ceiling; obedience: prompt fidelity beside the
     base's; class_kept: what is left of the way from the base's prior preservation to the ceiling;
     class_spread: diversity beside the base's; class_obedience: class fidelity beside the base's. All within
-    0 and 1; a figure that is not measured is left out of the mean. Our own: no paper's.
+    0 and 1; a figure that is not measured is left out of the mean, as is class_kept where its way is shorter
+    than `ROOM`: the base's class is as near the photographs as these to each other. Our own: no paper's.
 
     Args:
         figures: a candidate's, as `evaluate` gives them.
@@ -286,9 +289,10 @@ def overall(figures: Mapping[str, Any], before: Mapping[str, Any], ceiling: floa
 
     parts = {
         "likeness": way(of(figures, "subject_fidelity"), of(before, "subject_fidelity")),
-        "class_kept": 1 - way(of(figures, "prior_preservation"), of(before, "prior_preservation")),
         "class_spread": share("diversity"),
     }
+    if ceiling - (start := of(before, "prior_preservation")) >= ROOM:
+        parts["class_kept"] = 1 - way(of(figures, "prior_preservation"), start)
     if isinstance(figures["prompt_fidelity"], Mapping):
         parts["obedience"] = share("prompt_fidelity")
     if isinstance(figures["class_fidelity"], Mapping):

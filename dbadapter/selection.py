@@ -24,7 +24,15 @@ from dbadapter.encoders import (
     load_prompt_judge,
 )
 from dbadapter.errors import BaseError, DataError
-from dbadapter.evaluation import Evaluator, Scores, Settings, find_references, load_references, overall
+from dbadapter.evaluation import (
+    ROOM,
+    Evaluator,
+    Scores,
+    Settings,
+    find_references,
+    load_references,
+    overall,
+)
 from dbadapter.evaluation_prompts import selection_prompts
 from dbadapter.photographs import find_photographs
 from dbadapter.preparation import Run
@@ -46,7 +54,6 @@ __all__ = [
 PARTS = ("score", "likeness", "obedience", "class_kept", "class_spread", "class_obedience")
 GIVEN = "max_train_steps"  # of a line with a score: what the run was given then
 PATIENCE = 3  # scores without a better one, then the run ends
-ROOM = 0.05  # of cosine, between the base and the photographs: less cannot be told from chance
 FIRST = 0.3  # of the run's steps: nothing is worth choosing before
 _SEED = 7000  # far from those of `evaluate` and of the samples
 _CLASS_IMAGES = 8
@@ -104,15 +111,7 @@ class Selection:
         )
         with run.autocast():
             base = evaluator.score_base(run.base.pipeline, _stage(progress))
-        room = evaluator.ceiling() - float(base.figures["subject_fidelity"]["value"])
-        if room < ROOM:
-            warnings.warn(
-                f"by {evaluator.encoder.name} the photographs are hardly more like each other than the "
-                f"base's pictures are like them (by {room:.2f}): are all of one subject? "
-                "A finer --image-encoder may tell",
-                UserWarning,
-                stacklevel=1,
-            )
+        _warn_of_little_room(evaluator, base)
         earlier = remembered(metrics, int(config.max_train_steps or 0))
         return cls(evaluator, f"{config.identifier} {config.class_noun}", base, earlier)
 
@@ -151,6 +150,28 @@ def check_selection(config: TrainConfig, family: str) -> None:
             "what a likeness is worth: add one, or leave it out"
         )
     _judges(config, family, "cpu")
+
+
+def _warn_of_little_room(evaluator: Evaluator, base: Scores) -> None:
+    """Warn of what the encoder cannot tell apart before anything is learned."""
+    ceiling, name = evaluator.ceiling(), evaluator.encoder.name
+    room = ceiling - float(base.figures["subject_fidelity"]["value"])
+    if room < ROOM:
+        warnings.warn(
+            f"by {name} the photographs are hardly more like each other than the base's pictures are like "
+            f"them (by {room:.2f}): are all of one subject? A finer --image-encoder may tell",
+            UserWarning,
+            stacklevel=1,
+        )
+    room = ceiling - float(base.figures["prior_preservation"]["value"])
+    if room < ROOM:
+        warnings.warn(
+            f"by {name} the base's pictures of the class are as near the photographs as these to each other "
+            f"({room:.2f} is between them), so whether the class becomes the subject counts nothing; a finer "
+            "--image-encoder may tell",
+            UserWarning,
+            stacklevel=1,
+        )
 
 
 def _judges(config: TrainConfig, family: str, device: str) -> tuple[Encoder, PromptJudge | None]:

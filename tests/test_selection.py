@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from pictures import PIXELS
 from PIL import Image
 from tiny_runs import draw_quickly, tiny_config, write_photographs
 
-from dbadapter import selection
+from dbadapter import evaluation, selection
 from dbadapter.adapter_file import read_adapter
 from dbadapter.cli import main
 from dbadapter.config import TrainConfig
@@ -194,6 +195,21 @@ def test_a_resumed_run_remembers_its_scores(config: TrainConfig, monkeypatch: py
     assert lines(config)[-1]["score"] == lines(stopped)[-1]["score"]
 
 
+def test_what_the_encoder_cannot_tell_apart_is_said() -> None:
+    def found(subject: float, of_class: float) -> Any:
+        figures = {"subject_fidelity": {"value": subject}, "prior_preservation": {"value": of_class}}
+        return SimpleNamespace(figures=figures)
+
+    blind: Any = SimpleNamespace(ceiling=lambda: 0.9, encoder=SimpleNamespace(name="pixels"))
+    with pytest.warns(UserWarning, match=r"by pixels the photographs are hardly more like .* \(by 0.02\)"):
+        selection._warn_of_little_room(blind, found(0.88, 0.5))
+    with pytest.warns(UserWarning, match=r"class are as near .* \(-0.01 is between them\), so whether"):
+        selection._warn_of_little_room(blind, found(0.5, 0.91))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        selection._warn_of_little_room(blind, found(0.5, 0.5))
+
+
 def test_scores_are_those_of_the_model_in_training(config: TrainConfig) -> None:
     """Drawn for real: the adapter that does nothing yet has gone no way, and scoring changes no step."""
     seen: list[dict[str, float]] = []
@@ -206,6 +222,7 @@ def test_scores_are_those_of_the_model_in_training(config: TrainConfig) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Selection, "start", start)
+        patch.setattr(evaluation, "ROOM", -2.0)  # pixels tell a random base's noise from nothing
         result = train(replace(config, max_train_steps=4))
     assert seen[0]["class_kept"] == pytest.approx(1)
     assert seen[0]["class_spread"] == pytest.approx(1, abs=1e-4)
@@ -306,6 +323,11 @@ def test_overall_by_hand() -> None:
     assert found["score"] == pytest.approx(0.25**0.2)
     blind = figures(0.6, 0.4, 0.2, 0.5) | {"prompt_fidelity": "not measured"}
     assert "obedience" not in overall(blind, before, ceiling=1.0)
+    # Where the base's class is what the photographs are, nothing of it is counted as lost or kept.
+    near = before | {"prior_preservation": {"value": 0.97}}
+    found = overall(figures(0.6, 0.4, 0.98, 0.25), near, ceiling=1.0)
+    assert "class_kept" not in found
+    assert found["score"] == pytest.approx((0.5 * 0.5 * 0.5) ** (1 / 3))
     # The base itself has gone no way; a memorising adapter whose class became the subject is worth nothing.
     assert overall(before, before, 1.0)["score"] == 0
     assert overall(figures(1.0, 0.8, 1.0, 0.0), before, 1.0)["score"] == 0
