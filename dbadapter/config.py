@@ -197,6 +197,10 @@ class TrainConfig:
                 object.__setattr__(self, field, (value,))
             elif isinstance(value, list):
                 object.__setattr__(self, field, tuple(value))
+        for field in ("class_noun", "identifier"):
+            value = getattr(self, field)
+            if isinstance(value, str):
+                object.__setattr__(self, field, value.strip())
 
     def validate(self) -> None:
         """Check every field on its own and against the others.

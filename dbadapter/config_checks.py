@@ -113,8 +113,8 @@ def faults(config: TrainConfig) -> Iterator[str]:
 def _text_faults(config: TrainConfig) -> Iterator[str]:
     yield from noun_faults("class_noun", config.class_noun)
     yield from _classifier_faults(config)
-    if config.class_noun.strip().lower() == AUTO != config.class_noun:
-        yield f"class_noun auto is written in small letters without spaces, got {config.class_noun!r}"
+    if config.class_noun.lower() == AUTO != config.class_noun:
+        yield f"class_noun auto is written in small letters, got {config.class_noun!r}"
     for name in ("identifier", "base", "image_encoder", "text_image_encoder"):
         value = getattr(config, name)
         if value is not None and not value.strip():

@@ -144,10 +144,17 @@ def load_text_image_encoder(spec: str, device: str = "cpu") -> Encoder:
     if not hasattr(model, "get_text_features"):
         raise UsageError(f"{spec} has no text side ({type(model).__name__}): pass a CLIP model")
 
-    def embed_text(prompts: Sequence[str]) -> Tensor:
+    def embed_batch(prompts: Sequence[str]) -> Tensor:
         values = processor(text=list(prompts), return_tensors="pt", padding=True, truncation=True).to(device)
         with torch.inference_mode():
             return _pooled(model.get_text_features(**values)).float().cpu().clone()
+
+    def embed_text(prompts: Sequence[str]) -> Tensor:
+        # Each prompt once, however many pictures it has.
+        places = {prompt: place for place, prompt in enumerate(dict.fromkeys(prompts))}
+        once = list(places)
+        parts = [embed_batch(once[i : i + BATCH]) for i in range(0, len(once), BATCH)]
+        return torch.cat(parts)[[places[prompt] for prompt in prompts]]
 
     return _tried(
         spec,

@@ -12,6 +12,7 @@ __all__ = [
     "OutputError",
     "TrainingError",
     "UsageError",
+    "is_out_of_memory",
 ]
 
 
@@ -56,3 +57,13 @@ class OutputError(DbadapterError):
 
 class TrainingError(DbadapterError):
     """Training cannot go on, e.g. the loss is not finite."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether a machine or a GPU had no memory left."""
+    # By name and words: importing torch only to know its class would cost seconds on a usage error.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    )

@@ -17,7 +17,7 @@ from dbadapter import metrics
 from dbadapter.base import Base, check_prompt
 from dbadapter.candidates import Candidate, check_candidates, pipeline_of
 from dbadapter.encoders import Encoder, PromptJudge
-from dbadapter.errors import BaseError, DataError, UsageError
+from dbadapter.errors import BaseError, DataError, DbadapterError, UsageError, is_out_of_memory
 from dbadapter.evaluation_prompts import Prompts
 from dbadapter.photographs import Photograph, find_photographs, load_crop
 from dbadapter.sampling import MOST_IMAGES, MOST_STEPS, Picture, default_guidance, generate_pictures
@@ -36,6 +36,8 @@ __all__ = [
 Progress = Callable[[str, int, int], None]
 Drawn = dict[str, list[Image.Image]]
 NOT_MEASURED = "not measured"
+NOT_REACHED = "the evaluation ended before it"
+_NO_MEMORY = "out of memory: close other programs, or use a machine with more memory"
 ROOM = 0.05  # of cosine, between the base and the photographs: less cannot be told from chance
 # Cosines, which may all be 0; of a judge's figures each is a share where all values are right or wrong.
 _COSINES = ("subject_fidelity", "prior_preservation", "drift")
@@ -242,6 +244,12 @@ class Evaluator:
             found[name] = []
             if not texts:
                 continue
+            count = len(texts) * each
+
+            def drawing(step: int, steps: int, before: int = done, count: int = count) -> None:
+                if progress is not None:
+                    progress(before + count * step // steps, total)
+
             pictures: list[Picture] = generate_pictures(
                 pipeline,
                 texts,
@@ -253,11 +261,10 @@ class Evaluator:
                 # The same seeds for every prompt, so that the bootstrap over seeds means something.
                 seeds=[settings.seed + i for _ in texts for i in range(each)],
                 batch_size=settings.batch_size,
+                progress=drawing,
             )
             found[name] = [picture.image for picture in pictures]
-            done += len(pictures)
-            if progress is not None:
-                progress(done, total)
+            done += count
         return found
 
 
@@ -312,6 +319,7 @@ def evaluate(
     settings: Settings | None = None,
     progress: Progress | None = None,
     on_pictures: Callable[[str, Drawn], None] | None = None,
+    on_report: Callable[[dict[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Return the figures of the base and of every candidate, over the same prompts and seeds.
 
@@ -339,8 +347,11 @@ def evaluate(
         photographs, prompts, class_noun, encoder, prompt_judge, settings: as for `Evaluator`.
         progress: called with (stage, pictures done, of how many).
         on_pictures: called with "base", then each candidate's name, and its pictures (`Scores.drawn`).
+        on_report: called after every candidate but the last with what is returned, as far as it is known: the
+            others are "left_out" in it.
     Raises:
-        BaseError: no candidate gives pictures that are finite; one of several is "left_out", with a warning.
+        BaseError: no candidate could be scored (its pictures are not finite, memory is too small); one of
+            several is "left_out", with a warning.
         DataError: a prompt is too long for the base with a candidate's words, or with the class noun.
     """
     check_candidates(base, candidates)
@@ -361,38 +372,50 @@ def evaluate(
     found: dict[str, Any] = {"base": scores.figures}
     compared: dict[str, Scores] = {}
     left_out: dict[str, str] = {}
+    accuracy = {**(encoder.accuracy or {}), **((prompt_judge.accuracy or {}) if prompt_judge else {})}
+
+    def report() -> dict[str, Any]:
+        missing = [name for name in (each.name for each in candidates) if name not in {*found, *left_out}]
+        left = left_out | dict.fromkeys(missing, NOT_REACHED)
+        return {
+            "class_noun": class_noun,
+            "words_for_the_subject": {candidate.name: candidate.subject for candidate in candidates},
+            "image_encoder": encoder.name,
+            "text_image_encoder": prompt_judge.name if prompt_judge else NOT_MEASURED,
+            "settings": asdict(evaluator.settings)
+            | {
+                "prompts": list(prompts.subject),
+                "class_prompt": prompts.class_prompt,
+                "unrelated_prompts": list(prompts.unrelated),
+            },
+            "subject_ceiling": evaluator.ceiling(),
+            "photographs_nearest": metrics.closest(evaluator.references),
+            "figures": dict(found),
+            "differences": _differences(compared),
+            **({"left_out": left} if left else {}),
+            **({"encoder_accuracy": accuracy} if accuracy else {}),
+        }
+
     for candidate in candidates:
         try:
             scores = _scores_of(candidate, base, evaluator, progress)
-        except BaseError as error:  # what hours have drawn of the others must not be lost with it
-            left_out[candidate.name] = str(error)
-            warnings.warn(f"{candidate.path} is left out: {error}", UserWarning, stacklevel=2)
+        except (DbadapterError, MemoryError, RuntimeError) as error:
+            # What hours have drawn of the others must not be lost with it.
+            if not isinstance(error, DbadapterError) and not is_out_of_memory(error):
+                raise
+            left_out[candidate.name] = str(error) if isinstance(error, DbadapterError) else _NO_MEMORY
+            reason = left_out[candidate.name]
+            warnings.warn(f"{candidate.path} is left out: {reason}", UserWarning, stacklevel=2)
             continue
         found[candidate.name] = scores.figures | {"bytes": candidate.bytes}
         if on_pictures is not None:
             on_pictures(candidate.name, scores.drawn)
         compared[candidate.name] = scores = replace(scores, drawn={})
+        if on_report is not None and candidate is not candidates[-1]:
+            on_report(report())
     if left_out and not compared:
         raise BaseError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()))
-    report: dict[str, Any] = {
-        "class_noun": class_noun,
-        "words_for_the_subject": {candidate.name: candidate.subject for candidate in candidates},
-        "image_encoder": encoder.name,
-        "text_image_encoder": prompt_judge.name if prompt_judge else NOT_MEASURED,
-        "settings": asdict(evaluator.settings)
-        | {
-            "prompts": list(prompts.subject),
-            "class_prompt": prompts.class_prompt,
-            "unrelated_prompts": list(prompts.unrelated),
-        },
-        "subject_ceiling": evaluator.ceiling(),
-        "photographs_nearest": metrics.closest(evaluator.references),
-        "figures": found,
-        "differences": _differences(compared),
-    }
-    accuracy = {**(encoder.accuracy or {}), **((prompt_judge.accuracy or {}) if prompt_judge else {})}
-    report |= {"left_out": left_out} if left_out else {}
-    return report | ({"encoder_accuracy": accuracy} if accuracy else {})
+    return report()
 
 
 def _scores_of(candidate: Candidate, base: Base, evaluator: Evaluator, progress: Progress | None) -> Scores:

@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 from evaluated import draw_photographs, write_adapters
 
+from dbadapter import evaluation
 from dbadapter.base import load_base
 from dbadapter.cli import main
 from dbadapter.cli.report_files import refuse_input, write_text
@@ -73,6 +74,34 @@ def test_a_reader_who_goes_away_leaves_the_files(
     run(*words, "--json", str(tmp_path / "out.json"), "--report", str(tmp_path / "out.html"))
     assert json.loads((tmp_path / "out.json").read_text()) == {"figures": {}}
     assert (tmp_path / "out.html").read_text() == "a page"
+
+
+def test_an_interrupted_comparison_keeps_what_was_scored(
+    tiny_base_folder: Path, photographs: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("efficientnet_lite_pytorch")
+    draw = evaluation._scores_of
+
+    def score(candidate: Any, *rest: Any) -> Any:
+        if candidate.name == "hat":
+            raise KeyboardInterrupt
+        return draw(candidate, *rest)
+
+    monkeypatch.setattr(evaluation, "_scores_of", score)
+    (tmp_path / "prompts.txt").write_text("a {} on grass\n")
+    out, page = tmp_path / "out.json", tmp_path / "out.html"
+    words = ["--base", str(tiny_base_folder), "--instance-data-dir", str(photographs)]
+    words += ["--prompts", str(tmp_path / "prompts.txt"), "--num-inference-steps", "1"]
+    words += ["--num-images-per-prompt", "1", "--num-class-images", "2"]
+    words += ["--json", str(out), "--report", str(page)]
+    done = run(*words, "--compare", str(files / "dog.safetensors"), str(files / "hat.safetensors"))
+    assert done.exit_code == 130, done.output
+    assert done.stderr.endswith("Aborted: interrupted from the keyboard; what was scored before is kept\n")
+    assert "left out: hat: the evaluation ended before it" in done.stdout
+    report = json.loads(out.read_text())
+    assert report["figures"].keys() == {"base", "dog"}
+    assert report["left_out"].keys() == {"hat"}
+    assert "the evaluation ended before it" in page.read_text()
 
 
 @pytest.mark.parametrize(

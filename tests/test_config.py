@@ -194,6 +194,10 @@ def test_strings_for_paths_and_lists_for_tuples() -> None:
     assert loose == config(targets=("attention",), validation_prompt=("a dog",))
 
 
+def test_words_of_prompts_have_no_spaces_around() -> None:
+    assert config(class_noun=" dog\n", identifier="\tsks ") == config(class_noun="dog", identifier="sks")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

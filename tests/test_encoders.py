@@ -85,6 +85,9 @@ def test_clip_embeds_pictures_and_prompts_into_one_space(clip: Path) -> None:
     assert not torch.allclose(said[0], said[1], atol=1e-3)
     assert torch.allclose(encoders.load_encoder(str(clip)).embed(pictures(3)), shown)
     assert metrics.prompt_similarity(shown, said).abs().max() <= 1
+    many = ["a dog", *(f"a cat number {i}" for i in range(encoders.BATCH + 1)), "a dog"]
+    assert torch.allclose(encoder.embed_text(many)[[0, -1]], said[[0, 2]], atol=1e-6)
+    assert torch.allclose(encoder.embed_text(many)[1:-1], encoder.embed_text(many[1:-1]), atol=1e-6)
 
 
 def test_dino_takes_the_class_token(tmp_path: Path) -> None:

@@ -84,6 +84,9 @@ def test_every_candidate_meets_the_same_prompts_and_seeds(base: Base, photograph
     }
     assert all(entry["of"] == "hat" and entry["minus"] == "dog" for entry in report["differences"])
     assert seen[-1] == ("drawing, hat", 9, 9)
+    of_base = [done for stage, done, _ in seen if stage == "drawing, base"]
+    assert of_base == sorted(of_base)
+    assert len(of_base) >= 3 * FEW.num_inference_steps
     assert all(torch.equal(value, before[name]) for name, value in base.unet.state_dict().items())
 
 
@@ -225,6 +228,38 @@ def test_a_broken_candidate_takes_the_others_not_with_it(
         pytest.raises(BaseError, match="hat: the model gave values that are not finite"),
     ):
         evaluate(base, [other], shown, PROMPTS, **words)
+
+
+def test_what_ends_one_candidate_takes_no_other_with_it(
+    base: Base, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dog, hat = (load_candidate(files / f"{name}.safetensors", "dog") for name in ("dog", "hat"))
+    last = replace(dog, name="last", subject="last dog")
+    draw, told = evaluation.Evaluator.score, []
+    ends: list[BaseException] = [RuntimeError("DefaultCPUAllocator: can't allocate memory: 4 bytes")]
+
+    def score(self: Any, pipeline: Any, subject: str, progress: Any = None) -> Any:
+        if subject == "last dog":
+            raise ends[0]
+        return draw(self, pipeline, subject, progress)
+
+    monkeypatch.setattr(evaluation.Evaluator, "score", score)
+    shown = load_references(find_references(photographs), 32)
+    words = {"class_noun": "dog", "encoder": PIXELS, "settings": FEW, "on_report": told.append}
+    with pytest.warns(UserWarning, match="is left out: out of memory: close other programs"):
+        report = evaluate(base, [dog, hat, last], shown, PROMPTS, **words)
+    assert report["figures"].keys() == {"base", "dog", "hat"}
+    assert [list(each["figures"]) for each in told] == [["base", "dog"], ["base", "dog", "hat"]]
+    assert told[0]["left_out"].keys() == {"hat", "last"}
+    assert told[0]["differences"] == []
+    assert told[1]["left_out"] == {"last": "the evaluation ended before it"}
+    assert told[1]["figures"] == report["figures"]
+    for error in (RuntimeError("a fault"), KeyboardInterrupt()):
+        ends[:] = [error]
+        told.clear()
+        with pytest.raises(type(error)):
+            evaluate(base, [dog, last], shown, PROMPTS, **words)
+        assert [list(each["figures"]) for each in told] == [["base", "dog"]]
 
 
 def test_one_model_is_in_memory_at_a_time(

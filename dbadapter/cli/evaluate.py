@@ -6,6 +6,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -154,38 +155,68 @@ def evaluate(
     specs = [Path(spec) for spec in (base, image_encoder, text_image_encoder) if spec and spec != "toybox"]
     models = [*paths, *specs]
     models += [spec.with_suffix("") for spec in specs if spec.is_file()]  # a single file's configurations
-    files = [*paths, *specs, *([prompts_file] if prompts_file else []), *_files_of_runs(paths)]
+    read = [*paths, *specs, *([prompts_file] if prompts_file else []), *_files_of_runs(paths)]
     for path in (json_path, report_path):
         if path is not None:
-            refuse_input(path, files, models, instance_data_dir)
-    from dbadapter.evaluation_report import ReportPictures, finite, report_page
+            refuse_input(path, read, models, instance_data_dir)
+    from dbadapter.evaluation_report import ReportPictures
 
     # What is drawn is kept only where it is shown.
     pictures = ReportPictures() if report_path is not None else None
-    report = _report(
-        base,
-        paths,
-        class_noun,
-        identifier,
-        pictures,
-        prediction_type=prediction_type,
-        instance_data_dir=instance_data_dir,
-        prompts_file=prompts_file,
-        kind=kind,
-        image_encoder=image_encoder,
-        text_image_encoder=text_image_encoder,
-        **settings,
-    )
-    # Before anything is shown: a pipe that is closed early must not take the files with it. Nor may a file
-    # that cannot be written take the other, or the table: hours of drawing are in them.
-    failed: list[OutputError] = []
-    if json_path is not None:
-        write_text(json_path, json.dumps(finite(report), indent=2) + "\n", "--json", failed)
-    if report_path is not None and pictures is not None:
-        write_text(report_path, report_page(report, pictures), "--report", failed)
+    files = _Files(json_path, report_path, pictures)
+    try:
+        report = _report(
+            base,
+            paths,
+            class_noun,
+            identifier,
+            files,
+            prediction_type=prediction_type,
+            instance_data_dir=instance_data_dir,
+            prompts_file=prompts_file,
+            kind=kind,
+            image_encoder=image_encoder,
+            text_image_encoder=text_image_encoder,
+            **settings,
+        )
+    except KeyboardInterrupt as error:
+        if files.latest is None:
+            raise
+        _show(files.latest)
+        raise type(error)("what was scored before is kept") from None
+    # Before anything is shown: a pipe that is closed early must not take the files with it.
+    failed = files.write(report)
     _show(report)
     if failed:
         raise failed[0]
+
+
+@dataclass
+class _Files:
+    """What an evaluation leaves, written anew after every candidate: hours of drawing are in it.
+
+    Attributes:
+        json_path, page_path: None where it is not asked for.
+        pictures: for the page.
+        latest: the report that was written last.
+    """
+
+    json_path: Path | None
+    page_path: Path | None
+    pictures: ReportPictures | None
+    latest: dict[str, Any] | None = None
+
+    def write(self, report: dict[str, Any]) -> list[OutputError]:
+        """Write a report; a file that cannot be written takes neither the other nor the table with it."""
+        from dbadapter.evaluation_report import finite, report_page
+
+        self.latest = report
+        failed: list[OutputError] = []
+        if self.json_path is not None:
+            write_text(self.json_path, json.dumps(finite(report), indent=2) + "\n", "--json", failed)
+        if self.page_path is not None and self.pictures is not None:
+            write_text(self.page_path, report_page(report, self.pictures), "--report", failed)
+        return failed
 
 
 def _report(
@@ -193,7 +224,7 @@ def _report(
     paths: list[Path],
     class_noun: str,
     identifier: str | None,
-    pictures: ReportPictures | None,
+    outputs: _Files,
     *,
     prediction_type: str | None,
     instance_data_dir: Path,
@@ -247,11 +278,15 @@ def _report(
     judged_by = default_prompt_judge(loaded.family)
     judge = given_judge or (load_prompt_judge(judged_by, device) if judged_by else None)
     photographs = evaluation.load_references(found, max(loaded.resolution, 64))
+    pictures = outputs.pictures
     if pictures is not None:
         pictures.add_photographs(photographs)
     prompts = default_prompts(loaded.family, class_noun, kind or "object")
     if templates is not None:
         prompts = choose_prompts(class_noun, templates, prompts.unrelated)
+    versions = {"dbadapter": dbadapter.__version__} | {name: version(name) for name in _MADE_WITH}
+    made: dict[str, Any] = {"base": loaded.name, "photographs": len(photographs)}
+    made |= {"date": date.today().isoformat(), "versions": versions}
     with progress_bars() as progress:
         report = evaluation.evaluate(
             loaded,
@@ -264,10 +299,9 @@ def _report(
             settings=how,
             progress=progress,
             on_pictures=pictures.add if pictures is not None else None,
+            on_report=lambda so_far: outputs.write(made | so_far),
         )
-    versions = {"dbadapter": dbadapter.__version__} | {name: version(name) for name in _MADE_WITH}
-    made = {"date": date.today().isoformat(), "versions": versions}
-    return {"base": loaded.name, "photographs": len(photographs), **made, **report}
+    return made | report
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 
 import click
 
-from dbadapter.errors import DbadapterError
+from dbadapter.errors import DbadapterError, is_out_of_memory
 
 __all__ = ["Group", "Progress", "progress_bars", "warn"]
 
@@ -70,7 +70,7 @@ class Group(click.Group):
             where = f" ({error.filename})" if error.filename else ""
             _fail(f"the system refused: {error.strerror or error}{where}")
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             _fail(f"out of memory: {_MEMORY_CURES.get(str(ctx.invoked_subcommand), _MEMORY_CURE)}")
 
@@ -104,16 +104,6 @@ _MEMORY_CURES = {
 def _fail(message: str, code: int = 1) -> NoReturn:
     click.echo("Error: " + " ".join(message.split()), err=True)
     sys.exit(code)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # By name and words: importing torch only to know its class would cost seconds on a usage error.
-    text = str(error)
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator: can't allocate memory" in text
-    )
 
 
 @contextmanager
