@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
@@ -113,7 +113,9 @@ class Selection:
             base = evaluator.score_base(run.base.pipeline, _stage(progress))
         _warn_of_little_room(evaluator, base)
         earlier = remembered(metrics, int(config.max_train_steps or 0))
-        return cls(evaluator, f"{config.identifier} {config.class_noun}", base, earlier)
+        # Figures alone: pictures would stay in memory for the whole run.
+        subject = f"{config.identifier} {config.class_noun}"
+        return cls(evaluator, subject, replace(base, drawn={}), earlier)
 
     def score(self, run: Run) -> dict[str, float]:
         """Score the model in training as it is at this step; return the score and its parts.
