@@ -35,6 +35,8 @@ __all__ = [
     "Snapshot",
     "capture",
     "check_same_run",
+    "is_whole",
+    "listed",
     "newest",
     "read",
     "restore",
@@ -195,17 +197,24 @@ def write(folder: Path, snapshot: Snapshot) -> Path:
             f"the checkpoint of step {snapshot.step} cannot be written to {folder}: {error.strerror or error}"
             "; what was saved before is as it was: make room, and add --resume"
         ) from error
-    kept = {step for step, _ in _checkpoints(folder)[-KEEP:]} | {snapshot.best.step if snapshot.best else -1}
-    for step, old in _checkpoints(folder):
+    kept = {step for step, _ in listed(folder)[-KEEP:]} | {snapshot.best.step if snapshot.best else -1}
+    for step, old in listed(folder):
         if step not in kept:
             with suppress(OSError):
                 old.unlink()
     return path
 
 
+def listed(folder: Path) -> list[tuple[int, Path]]:
+    """Return (step, file) of a run's checkpoints, by step."""
+    if not folder.is_dir():
+        return []
+    return sorted((int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
+
+
 def newest(folder: Path) -> Path | None:
     """Return the checkpoint with the most steps, None if there is none."""
-    return found[-1][1] if (found := _checkpoints(folder)) else None
+    return found[-1][1] if (found := listed(folder)) else None
 
 
 def read(path: Path) -> Snapshot:
@@ -231,6 +240,15 @@ def read(path: Path) -> Snapshot:
         raise TrainingError(
             f"checkpoint {path} cannot be read ({error}); remove it to resume from the one before it"
         ) from error
+
+
+def is_whole(path: Path) -> bool:
+    """Return whether a checkpoint is there and nothing of it is missing; its values are not read."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def check_same_run(then: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -301,13 +319,6 @@ def _restore_random(snapshot: Snapshot) -> None:
         np.random.set_state(
             {**state, "state": {**state["state"], "key": np.array(state["state"]["key"], "u4")}}
         )
-
-
-def _checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """Return (step, file) of the checkpoints, by step."""
-    if not folder.is_dir():
-        return []
-    return sorted((int(match[1]), path) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name)))
 
 
 def _digest(paths: Sequence[Path], words: Sequence[str] = ()) -> str:

@@ -276,8 +276,9 @@ def overall(figures: Mapping[str, Any], before: Mapping[str, Any], ceiling: floa
     likeness: the way from the base's subject fidelity to the ceiling; obedience: prompt fidelity beside the
     base's; class_kept: what is left of the way from the base's prior preservation to the ceiling;
     class_spread: diversity beside the base's; class_obedience: class fidelity beside the base's. All within
-    0 and 1; a figure that is not measured is left out of the mean, as is class_kept where its way is shorter
-    than `ROOM`: the base's class is as near the photographs as these to each other. Our own: no paper's.
+    0 and 1; a figure that is not measured is left out of the mean. A way is at least `ROOM` long: where the
+    base's pictures are as near the photographs as these to each other, chance would decide. Our own: no
+    paper's.
 
     Args:
         figures: a candidate's, as `evaluate` gives them.
@@ -289,17 +290,16 @@ def overall(figures: Mapping[str, Any], before: Mapping[str, Any], ceiling: floa
         return float(found[name]["value"])
 
     def way(value: float, start: float) -> float:
-        return min(max((value - start) / max(ceiling - start, 1e-6), 0.0), 1.0)
+        return min(max((value - start) / max(ceiling - start, ROOM), 0.0), 1.0)
 
     def share(name: str) -> float:
         return min(max(of(figures, name), 0.0) / max(of(before, name), 1e-6), 1.0)
 
     parts = {
         "likeness": way(of(figures, "subject_fidelity"), of(before, "subject_fidelity")),
+        "class_kept": 1 - way(of(figures, "prior_preservation"), of(before, "prior_preservation")),
         "class_spread": share("diversity"),
     }
-    if ceiling - (start := of(before, "prior_preservation")) >= ROOM:
-        parts["class_kept"] = 1 - way(of(figures, "prior_preservation"), start)
     if isinstance(figures["prompt_fidelity"], Mapping):
         parts["obedience"] = share("prompt_fidelity")
     if isinstance(figures["class_fidelity"], Mapping):

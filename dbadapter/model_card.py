@@ -127,7 +127,7 @@ def last_losses(history: Sequence[Mapping[str, float | int | None]]) -> dict[str
     last = history[-max(1, len(history) // 10) :]
     means: dict[str, float | None] = {}
     for name in ("instance_loss", "prior_loss"):
-        values = [value for line in last if (value := line[name]) is not None]
+        values = [value for line in last if (value := line.get(name)) is not None]
         means[name] = sum(values) / len(values) if values else None
     return means
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 
 from dbadapter.errors import OutputError
 
-__all__ = ["Finished", "RunFolder", "is_run", "write_text"]
+__all__ = ["Finished", "RunFolder", "is_run", "read_metrics", "write_text"]
 
 
 class Finished(NamedTuple):
@@ -27,9 +28,6 @@ class Finished(NamedTuple):
     steps: int
     identity: Mapping[str, Any]
     asked: int | None = None
-
-
-_CUT_SHORT = 2**63  # the step of a metrics line that is none
 
 
 @dataclass
@@ -200,8 +198,8 @@ class RunFolder:
                 self._set_aside()
             self._note.unlink(missing_ok=True)
             write_text(self.config, config_toml)
-            lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-            write_text(self.metrics, "".join(f"{line}\n" for line in lines if _step(line) <= resumed_step))
+            kept = [line for line in self.read_metrics() if int(line["step"] or 0) <= resumed_step]
+            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
         except OSError as error:
             raise OutputError(
                 f"{self.path} cannot be written: {error.strerror}; pass another --output-dir"
@@ -227,9 +225,8 @@ class RunFolder:
             file.writelines(json.dumps(dict(line)) + "\n" for line in lines)
 
     def read_metrics(self) -> list[dict[str, float | int | None]]:
-        """Return the steps so far, those before a resume included; none of a line that was cut short."""
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else []
-        return [json.loads(line) for line in lines if _step(line) < _CUT_SHORT]
+        """Return the steps so far, those before a resume included, see `read_metrics`."""
+        return read_metrics(self.metrics)
 
     def give_up(self) -> None:
         """Leave the folder so that the next run, or --resume, finds all that this one has saved."""
@@ -322,9 +319,27 @@ def write_text(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _step(line: str) -> int:
-    """Return the step of a metrics line; a line cut short by a crash counts as beyond the end."""
+def read_metrics(path: Path) -> list[dict[str, float | int | None]]:
+    """Return the lines of a metrics.jsonl, none where there is no file.
+
+    A crash or a hand may have damaged it: left out is what is no step's line, and what in it is no number.
+    """
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    return [line for each in text.splitlines() if (line := _metrics_line(each)) is not None]
+
+
+def _metrics_line(text: str) -> dict[str, float | int | None] | None:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return _CUT_SHORT
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        return None
+    return {name: value for name, value in line.items() if value is None or _is_finite(value)}
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False

@@ -7,12 +7,13 @@ subject there, does it obey the prompt, and is the class what it was?
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image
 
+from dbadapter.checkpoint import Best
 from dbadapter.config import TrainConfig
 from dbadapter.curve import draw_curve
 from dbadapter.encoders import (
@@ -43,6 +44,7 @@ __all__ = [
     "PARTS",
     "PATIENCE",
     "Selection",
+    "best_of",
     "check_selection",
     "chosen_step",
     "curve",
@@ -169,7 +171,7 @@ def _warn_of_little_room(evaluator: Evaluator, base: Scores) -> None:
     if room < ROOM:
         warnings.warn(
             f"by {name} the base's pictures of the class are as near the photographs as these to each other "
-            f"({room:.2f} is between them), so whether the class becomes the subject counts nothing; a finer "
+            f"({room:.2f} is between them), so whether the class becomes the subject is hardly seen: a finer "
             "--image-encoder may tell",
             UserWarning,
             stacklevel=1,
@@ -202,19 +204,14 @@ def remembered(metrics: Sequence[Mapping[str, Any]], total: int) -> list[tuple[i
         total: steps that it is given now.
     """
     found: list[tuple[int, dict[str, float]]] = []
-    given = 0
-
-    def give(steps: int) -> None:
-        nonlocal found, given
-        if steps != given and exhausted([parts["score"] for _, parts in found]):
+    before = None
+    for line in [*_scored(metrics), {GIVEN: total}]:
+        given = line.get(GIVEN)  # runs of earlier versions did not note it
+        if given != before and exhausted([parts["score"] for _, parts in found]):
             found = []
-        given = steps
-
-    for line in metrics:
+        before = given
         if "score" in line:
-            give(int(line.get(GIVEN, total)))  # lines of before had none
-            found.append((int(line["step"]), {part: float(line[part]) for part in PARTS if part in line}))
-    give(total)
+            found.append((int(line["step"]), _parts(line)))
     return found
 
 
@@ -225,8 +222,29 @@ def scored_from(config: TrainConfig) -> int:
 
 def chosen_step(metrics: Sequence[Mapping[str, Any]]) -> int | None:
     """Return the step with the best score in a run's lines, of equal ones the last; None without a score."""
-    scored = [(float(line["score"]), int(line["step"])) for line in metrics if "score" in line]
-    return max(scored)[1] if scored else None
+    best = best_of(metrics, None)
+    return best.step if best is not None else None
+
+
+def best_of(metrics: Sequence[Mapping[str, Any]], steps: Collection[int] | None) -> Best | None:
+    """Return the best score in a run's lines, as `checkpoint.Best`; None without a score.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+        steps: only these; None for all.
+    """
+    scored = [line for line in _scored(metrics) if steps is None or line["step"] in steps]
+    # In the very numbers that training compares, of equal ones the last.
+    found = [Best(int(line["step"]), 1 - float(line["score"])) for line in scored]
+    return min(found, key=lambda best: (best.loss, -best.step), default=None)
+
+
+def _parts(line: Mapping[str, Any]) -> dict[str, float]:
+    return {part: float(line[part]) for part in PARTS if line.get(part) is not None}
+
+
+def _scored(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    return [line for line in metrics if line.get("score") is not None]
 
 
 def curve(metrics: Sequence[Mapping[str, Any]], chosen: int | None) -> Image.Image | None:
@@ -236,14 +254,15 @@ def curve(metrics: Sequence[Mapping[str, Any]], chosen: int | None) -> Image.Ima
         metrics: lines of metrics.jsonl.
         chosen: the step that became the file.
     """
-    scored = [line for line in metrics if "score" in line]
+    scored = _scored(metrics)
     if not scored:
         return None
+    points = [(int(line["step"]), _parts(line)) for line in scored]
     lines = {
-        part.replace("_", " "): [(int(line["step"]), float(line[part])) for line in scored if part in line]
+        part.replace("_", " "): [(step, parts[part]) for step, parts in points if part in parts]
         for part in PARTS
     }
-    return draw_curve({name: points for name, points in lines.items() if points}, chosen)
+    return draw_curve({name: line for name, line in lines.items() if line}, chosen)
 
 
 def _stage(progress: Progress | None) -> Callable[[int, int], None] | None:

@@ -30,7 +30,7 @@ from dbadapter.prior import teacher_prediction
 from dbadapter.processes import Processes, local_device, processes
 from dbadapter.run_folder import Finished, RunFolder
 from dbadapter.sampling import save_pictures
-from dbadapter.selection import GIVEN, Selection, scored_from
+from dbadapter.selection import GIVEN, Selection, best_of, scored_from
 from dbadapter.speed import hand_back_freed_memory, keep_freed_memory, peak_memory_mb, use_tensor_cores
 
 __all__ = ["Run", "TrainResult", "batch_losses", "prepare", "train", "train_step", "validation_loss"]
@@ -217,7 +217,7 @@ def _loop(
 ) -> Best | None:
     """Take the steps; whatever ends them early, the last good state is written as a checkpoint."""
     config, folder, total = run.config, found.folder, int(run.config.max_train_steps or 0)
-    good, best = found.snapshot, found.snapshot.best if found.snapshot else None
+    good, best = found.snapshot, _best_so_far(found)
     pending: list[tuple[Tensor, float]] = []
 
     def due(every: int | None) -> bool:
@@ -230,7 +230,7 @@ def _loop(
             values = train_step(run, run.step)
             pending.append((values, time.perf_counter() - began))
             run.step += 1
-            saving = due(config.checkpointing_steps)
+            saving, broken = due(config.checkpointing_steps), False
             if due(LOG_EVERY) or saving:
                 lines = _looked_at(run, pending, good.step if good is not None else _newest_step(folder))
                 pending = []
@@ -238,13 +238,15 @@ def _loop(
                     lines[-1]["validation_loss"] = value = run.processes.mean(validation_loss(run))
                     if selection is not None:
                         scores = _scored(run, selection, best)
+                        broken = selection.broken
                         lines[-1] |= scores | ({GIVEN: total} if scores else {})
                         value = 1 - scores.get("score", -math.inf)
                     # Of equal scores (all 0 before the subject is there) the later checkpoint knows more.
                     later = selection is not None and best is not None and value == best.loss
                     if math.isfinite(value) and (best is None or value < best.loss or later):
                         best = Best(run.step, value)
-                if run.processes.is_main and (saving or not config.full):
+                # What draws nothing is nothing to go on from.
+                if run.processes.is_main and not broken and (saving or not config.full):
                     state = (run.parameters, run.optimizer, run.scaler, found.identity, best)
                     # A whole model's state is not copied but written as it is, below.
                     good = checkpoint.capture(run.step, *state, copies=not config.full)
@@ -253,7 +255,7 @@ def _loop(
                     for line in lines:
                         logger.log(int(line["step"] or 0), _plotted(line))
                 on_log(lines[-1] | {"memory_mb": peak_memory_mb(run.base.device)})
-            if saving and good is not None and run.processes.is_main:
+            if saving and not broken and good is not None and run.processes.is_main:
                 checkpoint.write(folder.checkpoints, good)
                 good = None if config.full else good
             if due(config.validation_steps) and run.step < total and run.processes.is_main:
@@ -265,6 +267,24 @@ def _loop(
             raise type(error)(f"add --resume to go on from step {saved}") from None
         raise
     return best
+
+
+def _best_so_far(found: Plan) -> Best | None:
+    """Return the best step before a resume; where its checkpoint is gone or broken, the best that is left."""
+    best, folder = found.snapshot.best if found.snapshot is not None else None, found.folder
+    if best is None or checkpoint.is_whole(folder.checkpoint_of(best.step)):
+        return best
+    left: Best | None = None
+    if found.config.select == "best":
+        whole = [step for step, path in checkpoint.listed(folder.checkpoints) if checkpoint.is_whole(path)]
+        left = best_of(folder.read_metrics(), whole)
+    warnings.warn(
+        f"{folder.checkpoint_of(best.step)}, the best checkpoint so far, is gone or broken: "
+        f"{'nothing' if left is None else f'step {left.step}'} of before stands in its place",
+        UserWarning,
+        stacklevel=1,
+    )
+    return left
 
 
 def _scored(run: Run, selection: Selection, best: Best | None) -> dict[str, float]:

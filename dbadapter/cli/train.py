@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from dbadapter.cli.group import progress_bars, warn
 from dbadapter.cli.options import train_options
 from dbadapter.config import AUTO, TrainConfig, read_toml
 from dbadapter.errors import UsageError
+from dbadapter.run_folder import read_metrics
 
 if TYPE_CHECKING:
     from dbadapter.finishing import TrainResult
@@ -93,6 +93,11 @@ def _say(result: TrainResult) -> None:
         call = f"{base} --adapter {path}".strip()
     if result.chosen_step is not None:
         click.echo(f"Best score: step {result.chosen_step} of {result.steps}{_score_of(result)}")
+        if not result.finished_before and result.steps < int(config.max_train_steps or 0):
+            click.echo(
+                f"Ended before step {config.max_train_steps}: no checkpoint after step {result.chosen_step} "
+                "scored better; --resume with another --max-train-steps goes on"
+            )
     if result.last_path is not None:
         click.echo(f"The last step's adapter: {result.last_path}")
     if result.best_path is not None:
@@ -105,16 +110,16 @@ def _say(result: TrainResult) -> None:
 
 def _score_of(result: TrainResult) -> str:
     """Return the score that chose the file, and what to do where it says that nothing was learned."""
-    lines = map(json.loads, result.metrics_path.read_text(encoding="utf-8").splitlines())
-    chosen = [line for line in lines if line["step"] == result.chosen_step and "score" in line]
-    if not chosen:
+    chosen = [line for line in read_metrics(result.metrics_path) if line["step"] == result.chosen_step]
+    score = chosen[-1].get("score") if chosen else None
+    if score is None:
         return ""
-    parts, hint = chosen[-1], ""
-    if parts["score"] <= 0 and parts.get("likeness", 0) <= 0:
+    hint = ""
+    if score <= 0 and (chosen[-1].get("likeness") or 0) <= 0:
         hint = "; no checkpoint shows the subject yet: pass more --max-train-steps"
-    elif parts["score"] <= 0:
+    elif score <= 0:
         hint = "; it shows the subject, but by this score prompts or class are lost: look at the pictures"
-    return f", {parts['score']:.3f} of 1{hint}"
+    return f", {score:.3f} of 1{hint}"
 
 
 def _say_noun(resolved: Path) -> None:
