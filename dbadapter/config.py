@@ -201,6 +201,8 @@ class TrainConfig:
             value = getattr(self, field)
             if isinstance(value, str):
                 object.__setattr__(self, field, value.strip())
+        if isinstance(self.class_nouns, tuple) and all(isinstance(noun, str) for noun in self.class_nouns):
+            object.__setattr__(self, "class_nouns", tuple(noun.strip() for noun in self.class_nouns))
 
     def validate(self) -> None:
         """Check every field on its own and against the others.

@@ -143,6 +143,9 @@ def load_text_image_encoder(spec: str, device: str = "cpu") -> Encoder:
     model, processor = _of_transformers(spec, device)
     if not hasattr(model, "get_text_features"):
         raise UsageError(f"{spec} has no text side ({type(model).__name__}): pass a CLIP model")
+    if "clip" not in model.config.model_type:
+        # Their text side wants other padding, and would give numbers all the same.
+        raise UsageError(f"{spec} is a {type(model).__name__}, and only CLIP's text side is known: pass one")
 
     def embed_batch(prompts: Sequence[str]) -> Tensor:
         values = processor(text=list(prompts), return_tensors="pt", padding=True, truncation=True).to(device)

@@ -62,8 +62,6 @@ class TrainingError(DbadapterError):
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether a machine or a GPU had no memory left."""
     # By name and words: importing torch only to know its class would cost seconds on a usage error.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "DefaultCPUAllocator: can't allocate memory" in str(error)
-    )
+    words = ("DefaultCPUAllocator: can't allocate memory", "STATUS_ALLOC_FAILED", "out of memory")
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and any(each in str(error) for each in words))

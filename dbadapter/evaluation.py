@@ -36,7 +36,7 @@ __all__ = [
 Progress = Callable[[str, int, int], None]
 Drawn = dict[str, list[Image.Image]]
 NOT_MEASURED = "not measured"
-NOT_REACHED = "the evaluation ended before it"
+NOT_REACHED = "not scored yet, or the evaluation was cut before it was"
 _NO_MEMORY = "out of memory: close other programs, or use a machine with more memory"
 ROOM = 0.05  # of cosine, between the base and the photographs: less cannot be told from chance
 # Cosines, which may all be 0; of a judge's figures each is a share where all values are right or wrong.
@@ -347,8 +347,8 @@ def evaluate(
         photographs, prompts, class_noun, encoder, prompt_judge, settings: as for `Evaluator`.
         progress: called with (stage, pictures done, of how many).
         on_pictures: called with "base", then each candidate's name, and its pictures (`Scores.drawn`).
-        on_report: called after every candidate but the last with what is returned, as far as it is known: the
-            others are "left_out" in it.
+        on_report: called after every candidate but the last, once one is scored, with what is returned as far
+            as it is known: "complete" is False in it, and the others are "left_out".
     Raises:
         BaseError: no candidate could be scored (its pictures are not finite, memory is too small); one of
             several is "left_out", with a warning.
@@ -390,11 +390,16 @@ def evaluate(
             },
             "subject_ceiling": evaluator.ceiling(),
             "photographs_nearest": metrics.closest(evaluator.references),
+            "complete": not missing,
             "figures": dict(found),
             "differences": _differences(compared),
             **({"left_out": left} if left else {}),
             **({"encoder_accuracy": accuracy} if accuracy else {}),
         }
+
+    def tell(candidate: Candidate) -> None:
+        if on_report is not None and compared and candidate is not candidates[-1]:
+            on_report(report())
 
     for candidate in candidates:
         try:
@@ -406,13 +411,13 @@ def evaluate(
             left_out[candidate.name] = str(error) if isinstance(error, DbadapterError) else _NO_MEMORY
             reason = left_out[candidate.name]
             warnings.warn(f"{candidate.path} is left out: {reason}", UserWarning, stacklevel=2)
+            tell(candidate)
             continue
         found[candidate.name] = scores.figures | {"bytes": candidate.bytes}
         if on_pictures is not None:
             on_pictures(candidate.name, scores.drawn)
         compared[candidate.name] = scores = replace(scores, drawn={})
-        if on_report is not None and candidate is not candidates[-1]:
-            on_report(report())
+        tell(candidate)
     if left_out and not compared:
         raise BaseError("; ".join(f"{name}: {reason}" for name, reason in left_out.items()))
     return report()

@@ -265,7 +265,7 @@ def _left_out(report: Mapping[str, Any]) -> Html | None:
     if not left:
         return None
     items = (element("li", user_text(f"{name}: {reason}")) for name, reason in left.items())
-    return join(element("p", "Left out, because it could not be scored:"), element("ul", *items))
+    return join(element("p", "Left out, with the reason:"), element("ul", *items))
 
 
 def _listed(parts: Iterable[Any]) -> Html:

@@ -94,14 +94,48 @@ def test_an_interrupted_comparison_keeps_what_was_scored(
     words += ["--prompts", str(tmp_path / "prompts.txt"), "--num-inference-steps", "1"]
     words += ["--num-images-per-prompt", "1", "--num-class-images", "2"]
     words += ["--json", str(out), "--report", str(page)]
-    done = run(*words, "--compare", str(files / "dog.safetensors"), str(files / "hat.safetensors"))
+    both = [str(files / "dog.safetensors"), str(files / "hat.safetensors")]
+    done = run(*words, "--compare", *both)
     assert done.exit_code == 130, done.output
-    assert done.stderr.endswith("Aborted: interrupted from the keyboard; what was scored before is kept\n")
-    assert "left out: hat: the evaluation ended before it" in done.stdout
+    said = "Aborted: interrupted from the keyboard; what was scored before is in"
+    assert done.stderr.endswith(f"{said} {out} and {page}\n")
+    assert f"left out: hat: {evaluation.NOT_REACHED}" in done.stdout
     report = json.loads(out.read_text())
     assert report["figures"].keys() == {"base", "dog"}
     assert report["left_out"].keys() == {"hat"}
-    assert "the evaluation ended before it" in page.read_text()
+    assert not report["complete"]
+    assert evaluation.NOT_REACHED in page.read_text()
+
+
+def test_ends_of_a_comparison_say_what_is_written(
+    photographs: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = sys.modules["dbadapter.cli.evaluate"]
+    out = tmp_path / "out.json"
+    ends: list[BaseException] = []
+
+    def report(*words: Any, **_: Any) -> Any:
+        outputs = words[4]
+        outputs.write_so_far({"figures": {"base": {}}})
+        out.unlink()
+        out.mkdir()
+        outputs.write_so_far({"figures": {"base": {}, "dog": {}}})
+        raise ends[0]
+
+    monkeypatch.setattr(command, "_report", report)
+    monkeypatch.setattr(command, "_show", lambda report: print("shown", *report["figures"]))
+    words = ["--instance-data-dir", str(photographs), "--adapter", str(files / "dog.safetensors")]
+    ends[:] = [KeyboardInterrupt()]
+    done = run(*words, "--json", str(out))
+    assert done.stdout == "shown base dog\n"
+    assert "Warning" in done.stderr
+    assert f"{out} cannot be written" in done.stderr
+    assert done.stderr.endswith("Aborted: interrupted from the keyboard\n")  # and nothing of files
+    out.rmdir()
+    ends[:] = [OSError(28, "No space left on device")]
+    done = run(*words, "--json", str(out))
+    assert (done.exit_code, done.stdout) == (1, "shown base dog\n")
+    assert done.stderr.endswith("Error: the system refused: No space left on device\n")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +170,6 @@ def test_an_interrupted_comparison_keeps_what_was_scored(
         (("--adapter", "dog.safetensors", "--identifier", " "), "--identifier is empty: leave it out"),
         (("--adapter", "dog.safetensors", "--identifier", "\udcff"), "--identifier must be valid Unicode"),
         (("--adapter", "dog.safetensors", "--base", ""), "base is empty: pass toybox"),
-        (("--adapter", "dog.safetensors", "--guidance-scale", "nan"), "guidance_scale must be 0 or more"),
         (("--adapter", "dog.safetensors", "--image-encoder", "./nope"), "encoder ./nope: no such folder"),
         (
             ("--adapter", "dog.safetensors", "--text-image-encoder", "toybox-judge"),
@@ -162,6 +195,8 @@ def test_an_interrupted_comparison_keeps_what_was_scored(
             "is a device or a broken link",
         ),
         (("--adapter", "dog.safetensors", "--json", "broken", "--overwrite"), "is a device or a broken link"),
+        (("--adapter", "dog.safetensors", "--json", "x" * 300), "(File name too long): pass another --json"),
+        (("--adapter", "dog.safetensors", "--guidance-scale", "nan"), "--guidance-scale must be 0 or more"),
         (
             ("--adapter", "dog.safetensors", "--json", "dog.safetensors", "--overwrite"),
             "dog.safetensors is an input of this command",

@@ -196,6 +196,7 @@ def test_strings_for_paths_and_lists_for_tuples() -> None:
 
 def test_words_of_prompts_have_no_spaces_around() -> None:
     assert config(class_noun=" dog\n", identifier="\tsks ") == config(class_noun="dog", identifier="sks")
+    assert config(class_nouns=(" dog", "cat\n")).class_nouns == ("dog", "cat")
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from dbadapter.adapter_file import AdapterDescription, write_adapter
 from dbadapter.base import Base, load_base
 from dbadapter.candidates import load_candidate
 from dbadapter.errors import BaseError, DataError, UsageError
-from dbadapter.evaluation import Settings, evaluate, find_references, load_references
+from dbadapter.evaluation import NOT_REACHED, Settings, evaluate, find_references, load_references
 from dbadapter.evaluation_prompts import Prompts, choose_prompts
 from dbadapter.export.parity import synthetic_adapter
 from dbadapter.model_folder import write_model_folder
@@ -252,8 +252,14 @@ def test_what_ends_one_candidate_takes_no_other_with_it(
     assert [list(each["figures"]) for each in told] == [["base", "dog"], ["base", "dog", "hat"]]
     assert told[0]["left_out"].keys() == {"hat", "last"}
     assert told[0]["differences"] == []
-    assert told[1]["left_out"] == {"last": "the evaluation ended before it"}
+    assert told[1]["left_out"] == {"last": NOT_REACHED}
+    assert (told[0]["complete"], report["complete"]) == (False, True)
     assert told[1]["figures"] == report["figures"]
+    told.clear()
+    with pytest.warns(UserWarning, match="is left out: out of memory"):
+        evaluate(base, [last, dog, hat], shown, PROMPTS, **words)
+    assert [list(each["figures"]) for each in told] == [["base", "dog"]]
+    assert told[0]["left_out"].keys() == {"last", "hat"}
     for error in (RuntimeError("a fault"), KeyboardInterrupt()):
         ends[:] = [error]
         told.clear()

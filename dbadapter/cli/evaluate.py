@@ -6,7 +6,8 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import dbadapter
-from dbadapter.cli.group import progress_bars
+from dbadapter.cli.group import progress_bars, warn
 from dbadapter.cli.options import BASE_HELP, FilePath, overwrite_option, prediction_option
 from dbadapter.cli.report_files import check_outputs, refuse_input, write_text
 from dbadapter.config_checks import AUTO, noun_faults
@@ -129,11 +130,10 @@ def evaluate(
     for option, word in (words | {"--text-image-encoder": text_image_encoder}).items():
         if word is not None and not word.strip():
             raise UsageError(f"{option} is empty: leave it out for the default")
+    class_noun, identifier = class_noun.strip(), identifier.strip() if identifier is not None else None
     for option, word in {"--class-noun": class_noun, "--identifier": identifier}.items():
         if word is not None and (fault := next(noun_faults(option, word), None)):
             raise UsageError(fault)
-    class_noun = class_noun.strip()
-    identifier = identifier.strip() if identifier is not None else None
     if kind is not None and prompts_file is not None:
         raise UsageError(
             "--kind chooses one of DreamBooth's lists, and --prompts gives another: leave one out"
@@ -179,13 +179,18 @@ def evaluate(
             text_image_encoder=text_image_encoder,
             **settings,
         )
-    except KeyboardInterrupt as error:
+        # Before anything is shown: a pipe that is closed early must not take the files with it.
+        failed = files.write(report)
+    except BaseException as error:
         if files.latest is None:
             raise
-        _show(files.latest)
-        raise type(error)("what was scored before is kept") from None
-    # Before anything is shown: a pipe that is closed early must not take the files with it.
-    failed = files.write(report)
+        with suppress(OSError):  # whoever reads the table may be gone
+            _show(files.latest)
+        if isinstance(error, KeyboardInterrupt):
+            raise type(error)(files.kept) from None
+        if files.kept:
+            warn(files.kept)
+        raise
     _show(report)
     if failed:
         raise failed[0]
@@ -198,13 +203,15 @@ class _Files:
     Attributes:
         json_path, page_path: None where it is not asked for.
         pictures: for the page.
-        latest: the report that was written last.
+        latest: the report as it was last known.
+        written: the files that hold it.
     """
 
     json_path: Path | None
     page_path: Path | None
     pictures: ReportPictures | None
     latest: dict[str, Any] | None = None
+    written: list[Path] = field(default_factory=list)
 
     def write(self, report: dict[str, Any]) -> list[OutputError]:
         """Write a report; a file that cannot be written takes neither the other nor the table with it."""
@@ -213,10 +220,29 @@ class _Files:
         self.latest = report
         failed: list[OutputError] = []
         if self.json_path is not None:
-            write_text(self.json_path, json.dumps(finite(report), indent=2) + "\n", "--json", failed)
+            self._write(self.json_path, json.dumps(finite(report), indent=2) + "\n", "--json", failed)
         if self.page_path is not None and self.pictures is not None:
-            write_text(self.page_path, report_page(report, self.pictures), "--report", failed)
+            self._write(self.page_path, report_page(report, self.pictures), "--report", failed)
         return failed
+
+    def _write(self, path: Path, text: str, option: str, failed: list[OutputError]) -> None:
+        before = len(failed)
+        write_text(path, text, option, failed)
+        if len(failed) > before and path in self.written:
+            self.written.remove(path)
+        elif len(failed) == before and path not in self.written:
+            self.written.append(path)
+
+    def write_so_far(self, report: dict[str, Any]) -> None:
+        """Write a report that is not whole yet; what cannot be written is told at once."""
+        for error in self.write(report):
+            warn(str(error))
+
+    @property
+    def kept(self) -> str:
+        """Say which files hold what was scored."""
+        names = " and ".join(str(path) for path in self.written)
+        return f"what was scored before is in {names}" if names else ""
 
 
 def _report(
@@ -247,7 +273,11 @@ def _report(
     from dbadapter.evaluation_prompts import choose_prompts, default_prompts, read_prompts
 
     # What can be refused is refused before a model is fetched.
-    how = evaluation.Settings(**settings)
+    try:
+        how = evaluation.Settings(**settings)
+    except UsageError as error:  # by the field's name
+        field_name, _, rest = str(error).partition(" ")
+        raise UsageError(f"--{field_name.replace('_', '-')} {rest}") from None
     templates = read_prompts(prompts_file) if prompts_file else None
     found = evaluation.find_references(instance_data_dir)
     candidates = told_apart([load_candidate(path, class_noun, identifier) for path in paths])
@@ -299,7 +329,7 @@ def _report(
             settings=how,
             progress=progress,
             on_pictures=pictures.add if pictures is not None else None,
-            on_report=lambda so_far: outputs.write(made | so_far),
+            on_report=lambda so_far: outputs.write_so_far(made | so_far),
         )
     return made | report
 

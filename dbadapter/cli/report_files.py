@@ -22,20 +22,24 @@ def check_outputs(json_path: Path | None, report_path: Path | None, overwrite: b
         UsageError: both are one, or one lies in the other.
     """
     for path, option in ((json_path, "--json"), (report_path, "--report")):
-        if path is not None and path.is_dir():
-            raise OutputError(f"{path} is a folder: give {option} the name of a file")
-        if path is not None and os.path.lexists(path) and not path.is_file():
-            raise OutputError(f"{path} is a device or a broken link: give {option} the name of a file")
-        if path is not None and path.exists() and not overwrite:
-            raise OutputError(f"{path} exists already: choose another name or overwrite it (--overwrite)")
         if path is not None:
             _check_writable(path, option)
+            _check_place(path, option, overwrite)
     if json_path is not None and report_path is not None:
         one, other = json_path.resolve(), report_path.resolve()
         if one == other:
             raise UsageError(f"--json and --report are both {json_path}: give each a name of its own")
         if one in other.parents or other in one.parents:
             raise UsageError("of --json and --report one lies in the other: give each a name of its own")
+
+
+def _check_place(path: Path, option: str, overwrite: bool) -> None:
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder: give {option} the name of a file")
+    if os.path.lexists(path) and not path.is_file():
+        raise OutputError(f"{path} is a device or a broken link: give {option} the name of a file")
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists already: choose another name or overwrite it (--overwrite)")
 
 
 def refuse_input(path: Path, files: Sequence[Path], models: Sequence[Path], photographs: Path) -> None:
