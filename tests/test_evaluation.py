@@ -19,7 +19,7 @@ from dbadapter import evaluation
 from dbadapter.adapter_file import AdapterDescription, write_adapter
 from dbadapter.base import Base, load_base
 from dbadapter.candidates import load_candidate
-from dbadapter.errors import BaseError, DataError, UsageError
+from dbadapter.errors import BaseError, DataError, UsageError, is_out_of_memory
 from dbadapter.evaluation import NOT_REACHED, Settings, evaluate, find_references, load_references
 from dbadapter.evaluation_prompts import Prompts, choose_prompts
 from dbadapter.export.parity import synthetic_adapter
@@ -266,6 +266,20 @@ def test_what_ends_one_candidate_takes_no_other_with_it(
         with pytest.raises(type(error)):
             evaluate(base, [dog, last], shown, PROMPTS, **words)
         assert [list(each["figures"]) for each in told] == [["base", "dog"]]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (BaseError("out of memory"), False),
+    ],
+)
+def test_lack_of_memory_is_known_by_its_words(error: Exception, is_memory: bool) -> None:
+    assert is_out_of_memory(error) == is_memory
 
 
 def test_one_model_is_in_memory_at_a_time(

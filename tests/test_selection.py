@@ -29,7 +29,7 @@ from dbadapter.evaluation_prompts import LIVE, OBJECT, selection_prompts
 from dbadapter.model_card import last_losses
 from dbadapter.run_folder import read_metrics
 from dbadapter.selection import Selection, exhausted, remembered
-from dbadapter.training import Run, train
+from dbadapter.training import Run, _plotted, train
 
 
 @pytest.fixture
@@ -142,6 +142,10 @@ def test_a_best_checkpoint_that_is_lost_is_told(
     with pytest.warns(UserWarning, match=r"step-000003.safetensors, the best .* or broken: step 5 of before"):
         result = train(replace(config, resume=True))
     assert (result.steps, result.chosen_step) == (6, 5)
+
+
+def test_steps_that_were_asked_for_are_no_curve() -> None:
+    assert _plotted({"step": 3, "score": 0.5, selection.GIVEN: 10}) == {"score": 0.5}
 
 
 def test_damaged_lines_of_metrics_are_left_out(config: TrainConfig) -> None:
