@@ -18,9 +18,10 @@ import click
 from dbadapter.base import Base, load_base
 from dbadapter.candidates import load_candidate, pipeline_of
 from dbadapter.encoders import TOYBOX_JUDGES, load_encoder, load_prompt_judge
-from dbadapter.evaluation import Evaluator, Scores, Settings, find_references, load_references, overall
+from dbadapter.evaluation import Evaluator, Scores, Settings, find_references, load_references
 from dbadapter.evaluation_prompts import Prompts, choose_prompts
 from dbadapter.grid import grid
+from dbadapter.score import overall
 from dbadapter.toybox import names
 from dbadapter.toybox.subjects import TEST_CONTEXTS, Subject, photographs
 

@@ -1,6 +1,6 @@
 """`--select best`: checkpoints scored while training, the best one kept, an end when none gets better.
 
-A checkpoint's score is `evaluation.overall` of a few pictures, always of the same prompts and seeds: is the
+A checkpoint's score is `score.overall` of a few pictures, always of the same prompts and seeds: is the
 subject there, does it obey the prompt, and is the class what it was?
 """
 
@@ -26,17 +26,16 @@ from dbadapter.encoders import (
 )
 from dbadapter.errors import BaseError, DataError
 from dbadapter.evaluation import (
-    ROOM,
     Evaluator,
     Scores,
     Settings,
     find_references,
     load_references,
-    overall,
 )
 from dbadapter.evaluation_prompts import selection_prompts
 from dbadapter.photographs import find_photographs
 from dbadapter.preparation import Run
+from dbadapter.score import ROOM, overall
 
 __all__ = [
     "FIRST",

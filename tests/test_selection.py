@@ -24,10 +24,11 @@ from dbadapter.cli import main
 from dbadapter.config import TrainConfig
 from dbadapter.curve import SIZE, draw_curve
 from dbadapter.errors import BaseError, ConfigError, DataError, TrainingError, UsageError
-from dbadapter.evaluation import ROOM, Evaluator, Scores, overall
+from dbadapter.evaluation import Evaluator, Scores
 from dbadapter.evaluation_prompts import LIVE, OBJECT, selection_prompts
 from dbadapter.model_card import last_losses
 from dbadapter.run_folder import read_metrics
+from dbadapter.score import ROOM, overall
 from dbadapter.selection import Selection, exhausted, remembered
 from dbadapter.training import Run, _plotted, train
 
@@ -114,12 +115,7 @@ def test_a_run_that_ended_goes_on_with_new_patience(
 def test_a_run_that_ended_and_was_cut_before_its_file_is_finished(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("dbadapter.training.write_results", _killed)
-        scripted(patch, 0.5, 0.4, 0.4, 0.3)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
-    scripted(monkeypatch)  # nothing is left to score
+    _cut_before_its_file(config, monkeypatch)
     result = train(replace(config, resume=True))
     assert (result.steps, result.chosen_step) == (6, 3)
 
@@ -128,17 +124,12 @@ def test_a_run_that_ended_and_was_cut_before_its_file_is_finished(
 def test_a_best_checkpoint_that_is_lost_is_told(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("dbadapter.training.write_results", _killed)
-        scripted(patch, 0.5, 0.4, 0.4, 0.3)
-        with pytest.raises(KeyboardInterrupt):
-            train(config)
+    _cut_before_its_file(config, monkeypatch)
     best = config.output_dir / "checkpoints" / "step-000003.safetensors"
     if damage == "gone":
         best.unlink()
     else:
         best.write_bytes(best.read_bytes()[:-1])
-    scripted(monkeypatch)
     with pytest.warns(UserWarning, match=r"step-000003.safetensors, the best .* or broken: step 5 of before"):
         result = train(replace(config, resume=True))
     assert (result.steps, result.chosen_step) == (6, 5)
@@ -162,6 +153,16 @@ def test_damaged_lines_of_metrics_are_left_out(config: TrainConfig) -> None:
     assert selection.curve(found, 3) is not None
     assert last_losses(found) == {"instance_loss": None, "prior_loss": None}
     assert read_metrics(path.with_name("none.jsonl")) == []
+
+
+def _cut_before_its_file(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until patience ends it at step 6 of 10, and no further; nothing is left to score."""
+    with monkeypatch.context() as patch:
+        patch.setattr("dbadapter.training.write_results", _killed)
+        scripted(patch, 0.5, 0.4, 0.4, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    scripted(monkeypatch)
 
 
 def _killed(*_: Any) -> None:
