@@ -80,6 +80,7 @@ LAYERS = (
     "safetensors_header",
     "keys",
     "adapter_kinds",
+    "score",
     "metrics",
     "prompts",
     "photographs",
