@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks import report
 from dbadapter.class_noun import Classifier, ballots, count, load_classifier
 from dbadapter.config import TrainConfig
+from dbadapter.errors import DbadapterError
 from dbadapter.photographs import find_photographs
 
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -41,7 +42,12 @@ ALSO_OF = {"rc_car": ("car",)}
 
 
 def read_nouns(path: Path) -> dict[str, str]:
-    """Return subject -> class noun of DreamBooth's table: the lines "subject,class" under its header."""
+    """Return subject -> class noun of DreamBooth's table: the lines "subject,class" under its header.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it has no such header.
+    """
     lines = path.read_text(encoding="utf-8").splitlines()
     start = lines.index("subject_name,class") + 1
     rows = itertools.takewhile(lambda line: "," in line, lines[start:])
@@ -130,28 +136,32 @@ def renders(instances: int, seed: int) -> dict[str, Any]:
 @click.command()
 @click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="DreamBooth's data set.")  # fmt: skip
-@click.option(
-    "--json", "json_path", required=True, type=click.Path(path_type=Path), help="Where the figures go."
-)
+@click.option("--json", "json_path", required=True, type=report.A_FILE, help="Where the figures go.")
 @click.option("--quick", is_flag=True, help="Two subjects; measures nothing.")
 @click.option("--seed", default=0, show_default=True, help="Of the sets of three photographs.")
 def main(data: Path, json_path: Path, quick: bool, seed: int) -> None:
     """Measure how often `--class-noun auto` is right, wrong, or does not answer."""
-    nouns = read_nouns(data / "prompts_and_classes.txt")
+    try:
+        nouns = read_nouns(data / "prompts_and_classes.txt")
+    except (OSError, ValueError) as error:
+        raise click.ClickException(
+            f"{data}/prompts_and_classes.txt is not the data set's table ({error}): give --data the folder "
+            "`dataset` of google/dreambooth"
+        ) from None
     present = {name: noun for name, noun in nouns.items() if (data / name).is_dir()}
     if not present:
         raise click.ClickException(f"{data} holds none of the data set's subjects")
     if quick:
         present = dict(itertools.islice(present.items(), 2))
-    out: dict[str, Any] = {
-        "benchmark": "class_noun",
-        "seed": seed,
-        "quick": quick,
-        "real": measure(data, present, "any", seed=seed),
-        "toybox": measure(data, present, TrainConfig.base, seed=seed),
-        "toybox_renders": renders(12 if quick else RENDERED, seed),
-    }
-    report.write(out, json_path)
+    try:
+        found = {
+            "real": measure(data, present, "any", seed=seed),
+            "toybox": measure(data, present, TrainConfig.base, seed=seed),
+            "toybox_renders": renders(12 if quick else RENDERED, seed),
+        }
+    except DbadapterError as error:
+        raise click.ClickException(str(error)) from None
+    report.write({"benchmark": "class_noun", "seed": seed, "quick": quick, **found}, json_path)
 
 
 if __name__ == "__main__":

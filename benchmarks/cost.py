@@ -206,10 +206,10 @@ def job_for(name: str, work: Path, resolution: int | None, threads: int, *, quic
     help="Of both sides.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the figures go.")
+@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go.")
 @click.option(
     "--work-dir",
-    type=click.Path(path_type=Path),
+    type=report.A_FOLDER,
     default=ROOT / "benchmarks/.cache/training",
     help="Keeps bases (sd15 4 GB, sdxl 14) and each run's record.  [default: benchmarks/.cache]",
 )

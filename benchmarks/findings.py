@@ -75,13 +75,14 @@ def logs_of(folder: Path) -> dict[str, list[str]]:
 def row(path: Path, logs: list[str]) -> str:
     """Return a result's row: the finding, its command, the machine's kind, the date, the files."""
     found = read(path)
+    date = found["machine"]["date"]
     others = (f"[{'plot' if name.endswith('.png') else 'log'}](results/{name})" for name in logs)
     files = [f"[{path.stem}](results/{path.name})", *others]
     cells = (
         FINDINGS[found["benchmark"]](found),
         f"`{found['command']}`",
         kind(found),
-        found["machine"]["date"],
+        " to ".join(sorted({found["machine"].get("since", date), date})),
         ", ".join(files),
     )
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

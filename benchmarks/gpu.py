@@ -25,6 +25,7 @@ from benchmarks import report
 from benchmarks.gpu_parts import PARTS
 from benchmarks.training import check_script
 from benchmarks.training_runs import ROOT
+from dbadapter.cli.group import terminable
 
 __all__ = ["go_on", "measure", "run_part", "shares", "state_of"]
 
@@ -58,7 +59,7 @@ def run_part(name: str, settings: Mapping[str, Any], seconds: float) -> Record:
     """
     work, until = Path(settings["work"]), time.monotonic() + seconds
     work.mkdir(parents=True, exist_ok=True)
-    record, log = work / f"gpu-{name}.json", work / f"gpu-{name}.log"
+    record, log = _place(name, settings), work / f"gpu-{name}.log"
     done = dict(settings["done"])
     while True:
         record.unlink(missing_ok=True)
@@ -115,6 +116,10 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+def _place(name: str, settings: Mapping[str, Any]) -> Path:
+    return Path(settings["work"]) / f"gpu-{name}.json"
+
+
 def _record(path: Path, done: Mapping[str, Any]) -> Record:
     nothing = {"cells": dict(done), "left": [], "running": None}
     found: Record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else nothing
@@ -155,6 +160,15 @@ def measure(
     """
     began = clock()
     out.setdefault("parts", {})
+
+    def put(name: str, record: Record, at: float) -> None:
+        state, before = state_of(record), out["parts"].get(name, {}).get("seconds", 0.0)
+        out["parts"][name] = {"state": state, "seconds": round(before + clock() - at, 1), **record}
+        out["left"] = left(out["parts"], parts)
+        shares(out["parts"])
+        keep(out)
+        click.echo(f"{name}: {state}{', ' + record['reason'] if record['reason'] else ''}", err=True)
+
     for name in parts:
         earlier = out["parts"].get(name, {})
         if earlier.get("state") == "done":
@@ -174,13 +188,12 @@ def measure(
             record = run(name, {**settings, "done": done}, remaining)
         except Exception as error:  # the other parts may go well
             record = {"cells": done, "left": [], "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
-        state = state_of(record)
-        seconds = round(earlier.get("seconds", 0.0) + clock() - at, 1)
-        out["parts"][name] = {"state": state, "seconds": seconds, **record}
-        out["left"] = left(out["parts"], parts)
-        shares(out["parts"])
-        keep(out)
-        click.echo(f"{name}: {state}{', ' + record['reason'] if record['reason'] else ''}", err=True)
+        except BaseException:  # an interrupt: what the part's process had finished is kept
+            found = _record(_place(name, settings), done)
+            rest = [*found["left"], found["running"] or "what came after"]
+            put(name, {"cells": found["cells"], "left": rest, "reason": "interrupted"}, at)
+            raise
+        put(name, record, at)
     out["left"] = left(out["parts"], parts)
     return out
 
@@ -201,11 +214,12 @@ def shares(parts: Mapping[str, Any]) -> None:
                 cell["share_of_the_matrix_rate"] = float(f"{share:.3g}")
 
 
-def go_on(path: Path | None, tiny: bool, machine: Mapping[str, Any]) -> Record:
+def go_on(path: Path | None, tiny: bool, machine: Mapping[str, Any], threads: int) -> Record:
     """Return what an earlier call left, or nothing.
 
     Raises:
-        UsageError: the file is of another benchmark, another device, or of the other size.
+        UsageError: the file is of another benchmark, another device, other packages or threads, or of the
+            other size.
     """
     if path is None or not path.exists():
         return {}
@@ -214,7 +228,11 @@ def go_on(path: Path | None, tiny: bool, machine: Mapping[str, Any]) -> Record:
         found: Record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise click.UsageError(f"--json {path} is no JSON; {cure}") from None
-    if found.get("benchmark") != "gpu" or "parts" not in found:
+    if (
+        not isinstance(found, dict)
+        or found.get("benchmark") != "gpu"
+        or not {"parts", "machine"} <= set(found)
+    ):
         raise click.UsageError(f"--json {path} is not of this benchmark; {cure}")
     there, here = found["machine"].get("accelerator"), machine["accelerator"]
     if there != here:
@@ -223,7 +241,16 @@ def go_on(path: Path | None, tiny: bool, machine: Mapping[str, Any]) -> Record:
         )
     if found["tiny"] != tiny:
         raise click.UsageError(f"--json {path} is {'' if found['tiny'] else 'not '}of a --quick run; {cure}")
-    return {"parts": found["parts"]}
+    versions = found["machine"].get("versions", {})
+    for name, version in machine["versions"].items():
+        if (of_then := versions.get(name, version)) != version:
+            raise click.UsageError(
+                f"--json {path} was measured with {name} {of_then}, this is {version}; {cure}"
+            )
+    if (of_then := found.get("threads", threads)) != threads:
+        raise click.UsageError(f"--json {path} was measured with --threads {of_then}, not {threads}; {cure}")
+    since = found["machine"].get("since", found["machine"].get("date", machine["date"]))
+    return {"parts": found["parts"], "machine": {**machine, "since": since}}
 
 
 @click.command()
@@ -238,12 +265,10 @@ def go_on(path: Path | None, tiny: bool, machine: Mapping[str, Any]) -> Record:
     help="diffusers' train_dreambooth_lora.py, to measure it too.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
-@click.option(
-    "--json", "json_path", type=click.Path(path_type=Path), help="Where the figures go; gone on with."
-)
+@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go; gone on with.")
 @click.option(
     "--work-dir",
-    type=click.Path(path_type=Path),
+    type=report.A_FOLDER,
     default=ROOT / "benchmarks/.cache/gpu",
     help="Keeps bases and exports (sd15 8 GB, sdxl 17).  [default: benchmarks/.cache]",
 )
@@ -268,19 +293,22 @@ def main(
     tiny, machine = quick or not torch.cuda.is_available(), report.machine()
     if tiny and not quick:
         click.echo("no GPU here: tiny bases on the CPU, which measures nothing", err=True)
-    out = {"benchmark": "gpu", "quick": tiny, "tiny": tiny, **go_on(json_path, tiny, machine)}
+    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    out = {"benchmark": "gpu", "quick": tiny, "tiny": tiny, "threads": threads, "machine": machine}
+    out |= go_on(json_path, tiny, machine, threads)
     settings = {
         "work": str(work_dir.resolve()),
         "tiny": tiny,
-        "threads": threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1),
+        "threads": threads,
         "script": None if peer_script is None else str(peer_script.resolve()),
     }
 
     def keep(found: Record) -> None:
         if json_path is not None:
-            report.save({**found, "command": report.command(), "machine": machine}, json_path)
+            report.save({**found, "command": report.command()}, json_path)
 
-    measure(out, chosen, settings, budget, keep)
+    with terminable():
+        measure(out, chosen, settings, budget, keep)
     report.write(out, json_path)
 
 

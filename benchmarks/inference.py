@@ -240,11 +240,11 @@ def measure(plan: Plan, tables: Sequence[str], rounds: int | None, again: bool) 
 @click.option("--no-compile", is_flag=True, help="Leave torch.compile out.")
 @click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
 @click.option("--export-again", is_flag=True, help="Do not use exports of an earlier run.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the figures go.")
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="A PNG with bars.")
+@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go.")
+@click.option("--plot", "plot_path", type=report.A_FILE, help="A PNG with bars.")
 @click.option(
     "--work-dir",
-    type=click.Path(path_type=Path),
+    type=report.A_FOLDER,
     default=ROOT / "benchmarks/.cache/inference",
     help="Keeps exports and the base of SD1.5's size.  [default: benchmarks/.cache]",
 )

@@ -180,10 +180,10 @@ def error_of(output: Path, settings: dict[str, Any]) -> float:
 )
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of the exact merge.")
 @click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the figures go.")
+@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go.")
 @click.option(
     "--work-dir",
-    type=click.Path(path_type=Path),
+    type=report.A_FOLDER,
     default=ROOT / "benchmarks/.cache/merging",
     help="Keeps adapters and bases (2 GB for sd1, 7 GB for sdxl).  [default: benchmarks/.cache]",
 )

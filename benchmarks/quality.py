@@ -8,6 +8,7 @@ stopped and gone on with, and two processes may share the work (`--part 1/2`, `-
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 import time
@@ -29,6 +30,7 @@ from benchmarks.quality_plan import (
     SETTINGS,
     SUBJECTS,
     Work,
+    given,
     part_of,
     recipe,
     share,
@@ -40,12 +42,13 @@ from benchmarks.toybox_runs import Bench, append, read_runs, sheet, train
 from dbadapter.base import pick_device, pick_precision
 
 RUNS = Path("benchmarks/results/quality.jsonl")
+PATIENCE = 3600.0  # seconds without a run, of which one takes minutes
 
 
-def run(bench: Bench, work: Work, *, quick: bool) -> dict[str, Any]:
+def run(bench: Bench, work: Work) -> dict[str, Any]:
     """Train and score; return the line of the run."""
     folder, evaluator, before = bench.subject(work.subject)
-    precision = PRECISIONS[work.precision]
+    precision, quick = PRECISIONS[work.precision], work.quick
     output = bench.work / work.subject.name / f"{work.method}-{work.seed}-{work.rate:g}-{precision}"
     rates = ("--learning-rate", str(work.rate), "--text-encoder-learning-rate", str(work.rate))
     options = ["--seed", str(work.seed), *rates, "--mixed-precision", work.precision]
@@ -76,29 +79,42 @@ def run(bench: Bench, work: Work, *, quick: bool) -> dict[str, Any]:
 
 def _done(work: Work, path: Path, *, in_any: bool) -> bool:
     """Return whether a run is there already, in its own precision or in any."""
-    keys = {run["key"] for run in fresh(read_runs(path))}
+    keys = {run["key"] for run in fresh(read_runs(path), quick=work.quick)}
     wanted = PRECISIONS if in_any else (work.precision,)
     return any(replace(work, precision=precision).key in keys for precision in wanted)
 
 
-def _wait_for_search(runs: Path, methods: Sequence[str], start: float, seconds: float | None) -> None:
-    """Wait until the other processes have done their share of the search, or `seconds` are over."""
-    told = False
-    while missing := [name for name in methods if name not in best_rates(fresh(read_runs(runs)))]:
-        if seconds is not None and time.perf_counter() - start > seconds:
+def _wait_for_search(path: Path, methods: Sequence[str], seconds: float, *, quick: bool) -> None:
+    """Wait until the other processes have done their share of the search, or so many `seconds` are over.
+
+    Raises:
+        ClickException: no run came for so long that no other process can be at work.
+    """
+    begun = last = time.perf_counter()
+    size = -1
+    while True:
+        if (now := path.stat().st_size if path.exists() else 0) != size:
+            rates = best_rates(fresh(read_runs(path), quick=quick))
+            missing = ", ".join(name for name in methods if name not in rates)
+            if missing and size < 0:
+                click.echo(f"waiting for the other parts to search the rate of {missing}", err=True)
+            size, last = now, time.perf_counter()
+        if not missing or time.perf_counter() - begun > seconds:
             return
-        if not told:
-            click.echo(f"waiting for the other parts to search the rate of {', '.join(missing)}", err=True)
-        told = True
+        if time.perf_counter() - last > PATIENCE:
+            raise click.ClickException(
+                f"no run came into {path} for {PATIENCE / 60:.0f} minutes: no other part seems to be at "
+                f"work; without --part this one searches the rate of {missing} itself"
+            )
         time.sleep(5)
 
 
 @click.command()
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the summary goes.")
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Fidelity against forgetting.")
-@click.option("--runs", "runs_path", type=click.Path(path_type=Path), default=RUNS, show_default=True,
+@click.option("--json", "json_path", type=report.A_FILE, help="Where the summary goes.")
+@click.option("--plot", "plot_path", type=report.A_FILE, help="Fidelity against forgetting, as PNG.")
+@click.option("--runs", "runs_path", type=report.A_FILE, default=RUNS, show_default=True,
               help="Finished runs, one a line; they are not run again.")  # fmt: skip
-@click.option("--work-dir", type=click.Path(path_type=Path), help="Keeps a sheet of each run.  [temporary]")
+@click.option("--work-dir", type=report.A_FOLDER, help="Keeps a sheet of each run.  [temporary]")
 @click.option("--stage", type=click.Choice(("search", "compare", "summary")),
               help="Only this one.  [default: the search, then the comparison]")  # fmt: skip
 @click.option("--methods", help=f"Only these, with commas between, of {', '.join(METHODS)}.")
@@ -112,7 +128,7 @@ def _wait_for_search(runs: Path, methods: Sequence[str], start: float, seconds: 
     "run again.",
 )
 @click.option("--part", default="1/1", show_default=True, help="Which share of the runs, for two processes.")
-@click.option("--seconds", type=float, help="Start no run after so long.")
+@click.option("--seconds", type=report.SECONDS, default=math.inf, help="Start no run after so long.")
 @click.option(
     "--quick", is_flag=True, help="Two methods, one subject beside the search's, few steps: measures nothing."
 )
@@ -126,24 +142,23 @@ def main(
     seeds: str | None,
     mixed_precision: str,
     part: str,
-    seconds: float | None,
+    seconds: float,
     quick: bool,
 ) -> None:
     """Compare methods on toybox and print JSON."""
     process = part_of(part)
-    if quick and runs_path == RUNS:
-        raise click.UsageError("--quick would mix its lines with the real ones: pass --runs as well")
-    wanted = methods.split(",") if methods else list(METHODS)
-    if unknown := [method for method in wanted if method not in METHODS]:
-        raise click.UsageError(f"unknown methods {', '.join(unknown)}; known: {', '.join(METHODS)}")
+    if quick and runs_path.resolve() == RUNS.resolve():
+        raise click.UsageError("--quick would put its lines beside the real ones: pass --runs as well")
+    if plot_path is not None and plot_path.suffix.lower() != ".png":
+        raise click.UsageError(f"--plot must end in .png, got {plot_path.name}")
+    wanted = given(methods, METHODS, "methods")
     if quick:
         wanted = [method for method in wanted if method in ("adapter", "full")]
-    chosen = seeds.split(",") if seeds else [str(seed) for seed in SEEDS]
-    if unknown := [seed for seed in chosen if seed not in map(str, SEEDS)]:
-        raise click.UsageError(f"unknown seeds {', '.join(unknown)}; known: {', '.join(map(str, SEEDS))}")
+    chosen = given(seeds, [str(seed) for seed in SEEDS], "seeds")
     precision = pick_precision(pick_device(), mixed_precision)
     label = PRECISIONS[precision]
-    if stage != "summary" and label != (of_most := main_precision(fresh(read_runs(runs_path))) or label):
+    there = fresh(read_runs(runs_path), quick=quick)
+    if stage != "summary" and label != (of_most := main_precision(there) or label):
         click.echo(
             f"{runs_path} holds runs in {of_most}; what is missing is run in {label}, its seconds and memory "
             "count nowhere",
@@ -155,38 +170,42 @@ def main(
         if name == "summary":
             break
         if name == "compare" and stage is None and process[1] > 1:
-            _wait_for_search(runs_path, wanted, start, seconds)
-        if seconds is not None and time.perf_counter() - start > seconds:
+            _wait_for_search(runs_path, wanted, seconds - (time.perf_counter() - start), quick=quick)
+        if time.perf_counter() - start > seconds:
             break
-        work_list = list(works(name, best_rates(fresh(read_runs(runs_path))), precision, wanted))
+        rates = best_rates(fresh(read_runs(runs_path), quick=quick))
+        work_list = list(works(name, rates, precision, wanted))
+        if name == "compare":  # the search has one seed
+            work_list = [work for work in work_list if str(work.seed) in chosen]
         if quick:
-            work_list = [w for w in work_list if w.seed == 0]
+            work_list = [replace(work, quick=True) for work in work_list if work.seed == 0]
             work_list = [w for w in work_list if w.stage == "search" or w.subject == SUBJECTS[0]]
         mine = share(list(dict.fromkeys(work.subject for work in work_list)), process)
         for work in work_list:
-            if work.subject not in mine or str(work.seed) not in chosen:
+            if work.subject not in mine:
                 continue
             if _done(work, runs_path, in_any=name == "search" or mixed_precision == "auto"):
                 continue
-            if seconds is not None and time.perf_counter() - start > seconds:
+            if time.perf_counter() - start > seconds:
                 break
             if made is None:
                 folder = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-quality-"))
                 made = Bench(folder, QUICK if quick else SETTINGS)
-            found = run(made, work, quick=quick)
+            found = run(made, work)
             append(runs_path, found)
             click.echo(f"{work.key}: score {found['score']:.3f}, {found['seconds']:.0f} s", err=True)
-    figures = summary(read_runs(runs_path))
+    runs = fresh(read_runs(runs_path), quick=quick)
+    figures = summary(runs, quick=quick)
     shown = {name: of for name, of in figures["methods"].items() if quick or of["subjects"] >= ENOUGH}
     shown |= {
         f"{of['method']} at {of['learning_rate']:g}": of
         for of in figures["other_rates"]
         if of["subjects"] >= ENOUGH
     }
+    report.write({"benchmark": "quality", "quick": quick, **figures, **report.of_runs(runs)}, json_path)
     if plot_path is not None and shown:
         plot_path.parent.mkdir(parents=True, exist_ok=True)
         pareto(shown).save(plot_path)
-    report.write({"benchmark": "quality", "quick": quick, **figures}, json_path)
 
 
 if __name__ == "__main__":

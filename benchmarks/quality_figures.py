@@ -67,10 +67,16 @@ FIGURES = (
 )
 
 
-def fresh(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs that were made as their method's are made now, and say in which precision."""
-    said = [run for run in runs if "precision" in run]
-    return [run for run in said if run.get("recipe") == recipe(run["method"], quick=run["quick"])]
+def fresh(runs: Sequence[Run], *, quick: bool = False) -> list[Run]:
+    """Return the runs that were made as their method's are made now, and say in which precision.
+
+    Args:
+        runs: lines of the file, in which others may be: of a method that is no more, of before a setting.
+        quick: those of `--quick` alone, which measure nothing; else none of them.
+    """
+    recipes = {method: recipe(method, quick=quick) for method in METHODS}
+    said = [run for run in runs if "precision" in run and run.get("quick") is quick]
+    return [run for run in said if run.get("recipe", "") == recipes.get(run.get("method", ""))]
 
 
 def search(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
@@ -148,14 +154,14 @@ def _shared(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if run["seed"] in shared]
 
 
-def summary(runs: Sequence[Run]) -> dict[str, Any]:
+def summary(runs: Sequence[Run], *, quick: bool = False) -> dict[str, Any]:
     """Return the search, means with intervals over subjects, and differences from both main methods.
 
     A run counts in the main precision where it was made in it, else in the other, which moves next to nothing
     (`apart`); seconds and memory are of the main precision alone.
     """
     methods: dict[str, Any] = {}
-    everything = fresh(runs)
+    everything = fresh(runs, quick=quick)
     best, precision = best_rates(everything), main_precision(everything)
     compared = [run for run in everything if run["stage"] == "compare"]
     counted = _one_each(compared, precision)
@@ -301,7 +307,7 @@ def _pairs(runs: Sequence[Run], name: str, against: str, main: str | None) -> di
         shared = [run for run in of_figure if (run["subject"], run["seed"]) in both]
         one, other = table(shared, name, figure), table(shared, against, figure)
         if one.shape == other.shape and one.numel():
-            found[figure] = _rounded(metrics.difference(_of_subjects(one), _of_subjects(other), shares=False))
+            found[figure] = _difference_of(one, other, figure)
     return found
 
 
@@ -396,16 +402,32 @@ def _of_subjects(values: Tensor) -> Tensor:
 
 
 def _mean_of(values: Tensor, figure: str) -> dict[str, float]:
-    of_subjects = _of_subjects(values)
-    found = metrics.estimate(of_subjects, shares=False)
-    if figure in OF_PICTURES and found.high - found.low < 1e-9:
-        # Every picture right, or none: no surer than with one picture of one run otherwise.
-        of_subjects[0] += (1 if found.value < 0.5 else -1) / (PICTURES * values.shape[1])
-        near = metrics.estimate(of_subjects, shares=False)
-        found = replace(found, low=min(found.low, near.low), high=max(found.high, near.high))
+    found = _unsure(values, figure, lambda of_subjects: metrics.estimate(of_subjects, shares=False))
     if figure in SHARES:
         found = replace(found, low=max(found.low, 0.0), high=min(found.high, 1.0))
     return _rounded(found)
+
+
+def _difference_of(one: Tensor, other: Tensor, figure: str) -> dict[str, float]:
+    beside = _of_subjects(other)
+    return _rounded(_unsure(one, figure, lambda of_it: metrics.difference(of_it, beside, shares=False)))
+
+
+def _unsure(values: Tensor, figure: str, estimate: Callable[[Tensor], metrics.Figure]) -> metrics.Figure:
+    """Return an estimate of subjects' means; shares of pictures that leave no doubt get that of one picture.
+
+    Every picture right, or each as with the other method, is no surer than with one picture of one run
+    otherwise.
+    """
+    found = estimate(_of_subjects(values))
+    if figure in OF_PICTURES and found.high - found.low < 1e-9:
+        for otherwise in (-1, 1):
+            near = _of_subjects(values)
+            near[0] += otherwise / (PICTURES * values.shape[1])
+            found = replace(
+                found, low=min(found.low, estimate(near).low), high=max(found.high, estimate(near).high)
+            )
+    return found
 
 
 def _rounded(figure: metrics.Figure) -> dict[str, float]:

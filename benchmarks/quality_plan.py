@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 
 import click
 
 from dbadapter.base import Precision
+from dbadapter.config import TrainConfig
 from dbadapter.evaluation import Settings
 from dbadapter.presets import PRESETS
 from dbadapter.toybox.subjects import TEST_CONTEXTS, Subject
@@ -26,6 +27,7 @@ __all__ = [
     "SUBJECTS",
     "Method",
     "Work",
+    "given",
     "part_of",
     "recipe",
     "share",
@@ -38,8 +40,10 @@ class Method:
     """One way to teach a subject.
 
     Attributes:
-        options: of `dbadapter train`, beside the defaults.
         about: for the table.
+        options: of `dbadapter train`, beside the defaults.
+        main: it is run with all its seeds first.
+        full: it trains the models whole.
     """
 
     about: str
@@ -117,17 +121,32 @@ _RATES = (
     "full_learning_rate",
     "full_text_encoder_learning_rate",
 )
+#: What else a run takes from `train`'s defaults -> what it was for the first runs.
+_FIRST: Mapping[str, object] = {
+    "prior": "distill",
+    "alpha": None,
+    "text_encoder_rank": None,
+    "lr_warmup_steps": 0,
+    "optimizer": "adamw",
+    "snr_gamma": None,
+    "masked_loss": False,
+    "random_flip": False,
+}
 
 
 def recipe(method: str, *, quick: bool = False) -> str:
     """Return a short hash of what a method's runs have in common: options, defaults, scoring.
 
-    A run of another recipe, from before a default was changed, is made again and counts no more.
+    A run of another recipe, from before a default was changed, is made again and counts no more. Of the
+    defaults outside the preset those count that are no more what they were for the first runs.
     """
     defaults = {
         name: value for name, value in asdict(PRESETS["toybox"]).items() if name not in ("sources", *_RATES)
     }
     told = [METHODS[method].options, defaults, asdict(QUICK if quick else SETTINGS), TEST_CONTEXTS]
+    of_train = {field.name: field.default for field in fields(TrainConfig)}
+    if changed := {name: of_train.get(name) for name in _FIRST if of_train.get(name) != _FIRST[name]}:
+        told.append(changed)
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=list).encode()).hexdigest()[:12]
 
 
@@ -139,6 +158,7 @@ class Work:
         stage: "search" or "compare".
         rate: of the UNet and of the text encoder.
         precision: that training runs in, as `--mixed-precision` takes it.
+        quick: it measures nothing.
     """
 
     stage: str
@@ -147,11 +167,12 @@ class Work:
     seed: int
     rate: float
     precision: Precision
+    quick: bool = False
 
     @property
     def key(self) -> str:
         """What tells it apart in the file of runs."""
-        of_subject = f"{self.stage}/{self.method}/{self.subject.name}"
+        of_subject = f"{'quick/' if self.quick else ''}{self.stage}/{self.method}/{self.subject.name}"
         return f"{of_subject}/seed-{self.seed}/rate-{self.rate:g}/{PRECISIONS[self.precision]}"
 
 
@@ -162,9 +183,25 @@ def part_of(text: str) -> tuple[int, int]:
         UsageError: it is not a number from 1 to the second one, a slash, and that.
     """
     number, _, parts = text.partition("/")
-    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise click.UsageError(f"--part must be like 1/2, got {text!r}")
     return int(number), int(parts)
+
+
+def given(text: str | None, known: Collection[str], what: str) -> list[str]:
+    """Return the words of a comma-separated option, all that are known where it is not given.
+
+    Raises:
+        UsageError: one of them is unknown, or there is none.
+    """
+    if text is None:
+        return list(known)
+    words = text.split(",")
+    if unknown := [word for word in words if word not in known]:
+        raise click.UsageError(
+            f"unknown {what} {', '.join(unknown) or repr(text)}; known: {', '.join(known)}"
+        )
+    return words
 
 
 def share(subjects: Sequence[Subject], part: tuple[int, int]) -> list[Subject]:

@@ -6,8 +6,9 @@ import datetime
 import json
 import os
 import platform
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,14 @@ from typing import Any
 import click
 import torch
 
-__all__ = ["command", "machine", "save", "write"]
+__all__ = ["A_FILE", "A_FOLDER", "SECONDS", "command", "machine", "of_runs", "save", "write"]
 
+#: Types of the commands' options.
+A_FILE = click.Path(dir_okay=False, path_type=Path)
+A_FOLDER = click.Path(file_okay=False, path_type=Path)
+SECONDS = click.FloatRange(0)
+#: That decide which kernels torch takes, and whether bfloat16 is multiplied in hardware.
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "onnx", "onnxruntime-gpu", "onnxruntime")
 
 
@@ -28,17 +35,21 @@ def _version(package: str) -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """Return the kind of machine, never its name: processor, cores, accelerator, versions, date."""
+    """Return the kind of machine, never its name: processor, cores, accelerator, versions, date.
+
+    `instructions` tells processors of one name apart, where the system says them (Linux on x86).
+    """
     cpuinfo = Path("/proc/cpuinfo")
-    model = platform.processor() or platform.machine()
+    model, flags = platform.processor() or platform.machine(), set[str]()
     if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
+        lines = cpuinfo.read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
         model = names[0] if names else model
+        flags = set(next((line for line in lines if line.startswith("flags")), "").split())
     found = {package: _version(package) for package in _PACKAGES}
     return {
         "processor": model,
+        "instructions": [name for name in _INSTRUCTIONS if name in flags],
         "cores": os.cpu_count(),
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
@@ -70,7 +81,25 @@ def command(words: Sequence[str] | None = None) -> str | None:
         if Path(place).is_absolute() or place.startswith((".", "~")):
             place = Path(place).name
         shown.append(f"{option}={place}" if equals else place)
-    return " ".join(shown)
+    return shlex.join(shown)
+
+
+def of_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the machine and the threads that finished runs tell, in place of those that sum them up.
+
+    Args:
+        runs: lines of a benchmark's file; nothing comes back where none tells a machine.
+    Returns:
+        `machine`: the last one's, with every processor, the last `date`, and the first as `since`; `threads`,
+        where it was one number.
+    """
+    told = sorted((run["machine"] for run in runs if "machine" in run), key=lambda about: str(about["date"]))
+    if not told:
+        return {}
+    processors = " and ".join(sorted({about["processor"] for about in told}))
+    found: dict[str, Any] = {"machine": {**told[-1], "processor": processors, "since": told[0]["date"]}}
+    threads = {run.get("threads") for run in runs}
+    return found | ({"threads": threads.pop()} if len(threads) == 1 else {})
 
 
 def save(figures: dict[str, Any], path: Path) -> None:
@@ -82,8 +111,13 @@ def save(figures: dict[str, Any], path: Path) -> None:
 
 
 def write(figures: dict[str, Any], path: Path | None) -> None:
-    """Print figures as JSON, and write them to a file if one is named."""
-    whole = {**figures, "command": command(), "machine": machine()}
+    """Print figures as JSON, and write them to a file if one is named.
+
+    Args:
+        figures: with `machine` where they are of another than this one, or of another day.
+        path: of the file.
+    """
+    whole = {**figures, "command": command(), "machine": figures.get("machine") or machine()}
     click.echo(json.dumps(whole, indent=2))
     if path is not None:
         save(whole, path)

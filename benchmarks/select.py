@@ -9,6 +9,9 @@ the six test places are among the ten that the choice saw). Finished runs are li
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import shutil
 import tempfile
 import time
@@ -20,12 +23,13 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import report
+from benchmarks import quality_plan, report
 from benchmarks.quality_plan import PRECISIONS, QUICK, SETTINGS, SUBJECTS, part_of, share
 from benchmarks.toybox_runs import FIGURES, Bench, append, read_runs, sheet, train
 from dbadapter import metrics
 from dbadapter.adapter_file import read_adapter
 from dbadapter.base import pick_device, pick_precision
+from dbadapter.selection import FIRST, PATIENCE
 from dbadapter.toybox.subjects import Subject
 
 RUNS = Path("benchmarks/results/select.jsonl")
@@ -53,10 +57,34 @@ def run(bench: Bench, kind: str, subject: Subject, *, quick: bool) -> dict[str, 
             curve.replace(bench.work / subject.name / f"{kind}-selection.png")
         shutil.rmtree(output)
     sheet(evaluator, before, drawn, bench.work / subject.name / f"{kind}.png")
-    key = f"{kind}/{subject.name}"
-    precision = PRECISIONS[pick_precision(pick_device())]
-    about = {"key": key, "kind": kind, "subject": subject.name, "precision": precision, "quick": quick}
-    return {**about, **found}
+    return {
+        "key": _key(kind, subject, quick=quick),
+        "kind": kind,
+        "subject": subject.name,
+        "precision": PRECISIONS[pick_precision(pick_device())],
+        "quick": quick,
+        "recipe": recipe(kind, quick=quick),
+        "threads": torch.get_num_threads(),
+        "machine": report.machine(),
+        **found,
+    }
+
+
+def _key(kind: str, subject: Subject, *, quick: bool) -> str:
+    return f"{'quick/' if quick else ''}{kind}/{subject.name}"
+
+
+def recipe(kind: str, *, quick: bool = False) -> str:
+    """Return a short hash of what a kind's runs have in common: as `quality`'s, and how it is chosen."""
+    told = [KINDS[kind], quality_plan.recipe("adapter", quick=quick), PATIENCE, FIRST]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:12]
+
+
+def fresh(runs: Sequence[dict[str, Any]], *, quick: bool = False) -> list[dict[str, Any]]:
+    """Return the runs that were made as their kind's are made now; the first sixteen did not say how."""
+    recipes = {kind: (None, recipe(kind, quick=quick)) for kind in KINDS}
+    of_it = [run for run in runs if run.get("quick") is quick]
+    return [run for run in of_it if run.get("recipe") in recipes.get(run.get("kind", ""), ())]
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -94,33 +122,34 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the summary goes.")
-@click.option("--runs", "runs_path", type=click.Path(path_type=Path), default=RUNS, show_default=True,
+@click.option("--json", "json_path", type=report.A_FILE, help="Where the summary goes.")
+@click.option("--runs", "runs_path", type=report.A_FILE, default=RUNS, show_default=True,
               help="Finished runs, one a line; they are not run again.")  # fmt: skip
-@click.option("--work-dir", type=click.Path(path_type=Path), help="Keeps sheets and curves.  [temporary]")
+@click.option("--work-dir", type=report.A_FOLDER, help="Keeps sheets and curves.  [temporary]")
 @click.option(
     "--part", default="1/1", show_default=True, help="Which share of the subjects, for two processes."
 )
-@click.option("--seconds", type=float, help="Start no run after so long.")
+@click.option("--seconds", type=report.SECONDS, default=math.inf, help="Start no run after so long.")
 @click.option("--quick", is_flag=True, help="One subject, three steps: measures nothing.")
 def main(
     json_path: Path | None,
     runs_path: Path,
     work_dir: Path | None,
     part: str,
-    seconds: float | None,
+    seconds: float,
     quick: bool,
 ) -> None:
     """Compare the chosen checkpoint with the last and print JSON."""
-    if quick and runs_path == RUNS:
-        raise click.UsageError("--quick would mix its lines with the real ones: pass --runs as well")
+    if quick and runs_path.resolve() == RUNS.resolve():
+        raise click.UsageError("--quick would put its lines beside the real ones: pass --runs as well")
     subjects = share(SUBJECTS[:1] if quick else SUBJECTS, part_of(part))
     start, made = time.perf_counter(), None
     for kind in list(KINDS)[:1] if quick else KINDS:
         for subject in subjects:
-            if f"{kind}/{subject.name}" in {each["key"] for each in read_runs(runs_path)}:
+            there = {each["key"] for each in fresh(read_runs(runs_path), quick=quick)}
+            if _key(kind, subject, quick=quick) in there:
                 continue
-            if seconds is not None and time.perf_counter() - start > seconds:
+            if time.perf_counter() - start > seconds:
                 break
             if made is None:
                 folder = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-select-"))
@@ -129,7 +158,8 @@ def main(
             append(runs_path, found)
             scores = ", ".join(f"{name} {found[name]['score']:.3f}" for name in ("best", "last"))
             click.echo(f"{found['key']}: {scores}", err=True)
-    report.write({"benchmark": "select", "quick": quick, **summary(read_runs(runs_path))}, json_path)
+    runs = fresh(read_runs(runs_path), quick=quick)
+    report.write({"benchmark": "select", "quick": quick, **summary(runs), **report.of_runs(runs)}, json_path)
 
 
 if __name__ == "__main__":

@@ -181,13 +181,15 @@ def summary(subjects: dict[str, Any], variants: list[str]) -> dict[str, Any]:
 
 
 @click.command()
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the figures go.")
-@click.option(
-    "--work-dir", type=click.Path(path_type=Path), help="Keeps adapters and sheets; default: a temporary one."
-)
+@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go.")
+@click.option("--work-dir", type=report.A_FOLDER, help="Keeps adapters and sheets; default: a temporary one.")
 @click.option("--variants", default="default,no_prior", show_default=True, help=f"Of {', '.join(VARIANTS)}.")
 @click.option(
-    "--subjects", default=len(SUBJECTS), show_default=True, help="How many of the held-out subjects."
+    "--subjects",
+    default=len(SUBJECTS),
+    type=click.IntRange(1),
+    show_default=True,
+    help="How many of the held-out subjects.",
 )
 @click.option(
     "--option", "options", multiple=True, help="A further `dbadapter train` option, as --option=--rank=4."

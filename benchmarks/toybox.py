@@ -76,10 +76,8 @@ def agreement(
 
 @click.command()
 @click.option("--base", "spec", default="toybox", show_default=True, help="A folder of the same world.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the figures go.")
-@click.option(
-    "--grid", "grid_path", type=click.Path(path_type=Path), help="A picture of every noun in every context."
-)
+@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go.")
+@click.option("--grid", "grid_path", type=report.A_FILE, help="A picture of every noun in every context.")
 @click.option("--quick", is_flag=True, help="Three contexts: checks the machinery, measures nothing.")
 def main(spec: str, json_path: Path | None, grid_path: Path | None, quick: bool) -> None:
     """Measure the embedded base and print JSON."""

@@ -140,15 +140,19 @@ def sheet(evaluator: Evaluator, before: Scores, found: dict[str, Scores], path: 
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    """Return the finished runs of a file; a line cut short by a kill is passed over."""
+    """Return the finished runs of a file, of two with one key the later; none where there is no file.
+
+    A line cut short by a kill, and whatever else is no run, is passed over.
+    """
     found = {}
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             try:
                 run = json.loads(line)
             except ValueError:
                 continue
-            found[run["key"]] = run
+            if isinstance(run, dict) and isinstance(run.get("key"), str):
+                found[run["key"]] = run
     return list(found.values())
 
 

@@ -161,10 +161,10 @@ def _our_default(job: Job) -> int:
 @click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
 @click.option("--instance-data-dir", type=click.Path(path_type=Path), help="[default: the example's mug]")
 @click.option("--class-noun", help="What the photographs show.  [default: the example's]")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Where the figures go.")
+@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go.")
 @click.option(
     "--work-dir",
-    type=click.Path(path_type=Path),
+    type=report.A_FOLDER,
     default=ROOT / "benchmarks/.cache/training",
     help="Keeps the base of SD1.5's size and each run's record.  [default: benchmarks/.cache]",
 )

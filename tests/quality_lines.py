@@ -19,8 +19,8 @@ def line(
     names = ("subject_fidelity", "prompt_fidelity", "noun_agreement")
     rate = RATES[method]
     return {
-        "key": f"{stage}/{method}/{subject}/seed-{seed}/rate-{more.get('rate', rate):g}"
-        f"/{more.get('precision', PRECISION)}",
+        "key": f"{'quick/' if more.get('quick') else ''}{stage}/{method}/{subject}/seed-{seed}"
+        f"/rate-{more.get('rate', rate):g}/{more.get('precision', PRECISION)}",
         "stage": stage,
         "method": method,
         "subject": subject,

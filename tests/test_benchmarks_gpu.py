@@ -20,6 +20,7 @@ from benchmarks.gpu_parts import PARTS, Settings
 from dbadapter import toybox
 
 ROOT = Path(__file__).resolve().parents[1]
+HERE = {"accelerator": None, "date": "2026-02-02", "versions": {"torch": "2"}}
 SETTINGS = {"work": "", "tiny": True, "threads": 1, "script": None}
 
 
@@ -99,6 +100,20 @@ def test_a_part_that_fails_is_told_in_one_line_and_the_others_go_on() -> None:
     assert out["parts"]["limits"]["reason"] == "OSError: no such thing"
     assert out["parts"]["smoke"]["state"] == "done"
     assert out["left"] == ["limits"]
+
+
+def test_an_interrupt_keeps_what_the_part_had_finished(tmp_path: Path) -> None:
+    def interrupted(name: str, settings: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        about = {"cells": {"a": {"seconds": 1.0}}, "left": ["c"], "running": "b"}
+        (tmp_path / "gpu-limits.json").write_text(json.dumps(about))
+        raise KeyboardInterrupt
+
+    kept: list[Any] = []
+    with pytest.raises(KeyboardInterrupt):
+        gpu.measure({}, ["limits"], SETTINGS | {"work": str(tmp_path)}, 100, kept.append, interrupted)
+    part = kept[0]["parts"]["limits"]
+    assert (part["state"], set(part["cells"]), part["left"]) == ("partial", {"a"}, ["c", "b"])
+    assert kept[0]["left"] == ["limits"]
 
 
 def test_a_cell_in_which_the_process_died_is_told_and_the_part_goes_on(
@@ -250,7 +265,7 @@ def test_sdxls_call_takes_its_further_inputs(tmp_path: Path) -> None:
 def refusal(path: Path, content: str) -> str:
     path.write_text(content)
     with pytest.raises(UsageError) as told:
-        gpu.go_on(path, True, {"accelerator": None})
+        gpu.go_on(path, True, HERE, 1)
     assert "\n" not in told.value.message
     return told.value.message
 
@@ -265,8 +280,14 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     )
     assert "not of a --quick run" in refusal(path, json.dumps(whole | {"tiny": False}))
     path.write_text(json.dumps(whole))
-    assert gpu.go_on(path, True, {"accelerator": None}) == {"parts": {}}
-    assert gpu.go_on(tmp_path / "none.json", True, {"accelerator": None}) == {}
+    assert "not of this benchmark" in refusal(path, "[]")
+    assert "with torch 1, this is 2" in refusal(
+        path, json.dumps(whole | {"machine": {"accelerator": None, "versions": {"torch": "1"}}})
+    )
+    assert "with --threads 9, not 1" in refusal(path, json.dumps(whole | {"threads": 9}))
+    path.write_text(json.dumps(whole | {"machine": HERE | {"date": "2026-01-01"}}))
+    assert gpu.go_on(path, True, HERE, 1) == {"parts": {}, "machine": HERE | {"since": "2026-01-01"}}
+    assert gpu.go_on(tmp_path / "none.json", True, HERE, 1) == {}
 
 
 def test_nothing_of_torchs_parts_needs_onnxruntime() -> None:

@@ -14,9 +14,10 @@ pytest.importorskip("numba", reason="the benchmarks draw their own pictures")
 import click
 import torch
 
-from benchmarks import quality_table
+from benchmarks import quality_plan, quality_table
 from benchmarks.quality_figures import (
     best_rates,
+    fresh,
     main_precision,
     search,
     summary,
@@ -33,9 +34,11 @@ from benchmarks.quality_plan import (
     works,
 )
 from benchmarks.quality_plot import SIZE, pareto
+from benchmarks.toybox_runs import read_runs
 from dbadapter import metrics
 from dbadapter.config import TrainConfig
 from dbadapter.presets import PRESETS
+from dbadapter.score import overall
 from dbadapter.toybox.subjects import SUBJECTS as TUNED_ON
 from tests.quality_lines import OTHER, PRECISION, RATES, line, searches
 
@@ -74,6 +77,18 @@ def test_the_options_are_ones_that_train_takes() -> None:
     for method in METHODS.values():
         assert {word for word in method.options if word.startswith("--")} <= known
     assert TrainConfig.prior == "distill"  # the default that the methods' names speak of
+
+
+def test_committed_runs_are_of_todays_recipe_and_score() -> None:
+    runs = read_runs(Path("benchmarks/results/quality.jsonl"))
+    assert fresh(runs) == runs
+    for run in runs:
+        again = overall(
+            {name: {"value": run[name]} for name in run["before"]},
+            {name: {"value": value} for name, value in run["before"].items()},
+            run["ceiling"],
+        )
+        assert again == {name: pytest.approx(run[name]) for name in again}
 
 
 def test_the_rate_with_the_best_mean_score_wins() -> None:
@@ -182,6 +197,9 @@ def test_runs_of_another_recipe_count_no_more(monkeypatch: pytest.MonkeyPatch) -
     now = recipe("adapter")
     monkeypatch.setitem(PRESETS, "toybox", replace(PRESETS["toybox"], learning_rate=1.0))  # set by the search
     assert recipe("adapter") == now
+    with monkeypatch.context() as patch:
+        patch.setitem(quality_plan._FIRST, "optimizer", "prodigy")  # type: ignore[index]
+        assert recipe("adapter") != now
     monkeypatch.setitem(PRESETS, "toybox", replace(PRESETS["toybox"], guidance_scale=7.5))
     assert recipe("adapter") != now
     assert summary(runs)["methods"] == {}
@@ -224,6 +242,10 @@ def test_all_pictures_right_are_no_certainty() -> None:
     assert found["class_fidelity"]["high"] == 1
     assert 0.95 < found["class_fidelity"]["low"] < 0.99  # one picture of 144 otherwise
     assert found["diversity"]["low"] == found["diversity"]["high"] == 0.8
+    runs += [line("full", s, 0, 0.5, class_fidelity=1.0, diversity=0.8) for s in "abcdefgh"]
+    pairs = summary([*runs, *searches()])["methods"]["full"]["minus_adapter"]
+    assert -0.05 < pairs["class_fidelity"]["low"] < 0 < pairs["class_fidelity"]["high"] < 0.05
+    assert pairs["diversity"]["low"] == pairs["diversity"]["high"] == 0
 
 
 def test_targets_by_hand() -> None:

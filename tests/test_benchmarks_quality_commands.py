@@ -13,15 +13,28 @@ pytest.importorskip("numba", reason="the benchmarks draw their own pictures")
 import click
 from click.testing import CliRunner
 
-from benchmarks import quality, quality_table, select
+from benchmarks import quality, quality_table, report, select
+from benchmarks.quality_figures import fresh, summary
 from benchmarks.quality_plan import (
     PRECISIONS,
+    SEARCH_SUBJECTS,
     SEARCHED,
     SUBJECTS,
     Work,
 )
 from benchmarks.toybox_runs import append, read_runs
 from tests.quality_lines import OTHER, PRECISION, RATES, line, searches
+
+
+def fake_runs(monkeypatch: pytest.MonkeyPatch, made: list[str]) -> None:
+    """Let nothing be trained; note what would be."""
+
+    def run(bench: object, work: Work) -> dict[str, Any]:
+        made.append(work.key)
+        return line(work.method, work.subject.name, work.seed, 0.6, work.stage, rate=work.rate, seconds=1.0)
+
+    monkeypatch.setattr(quality, "Bench", lambda *_: None)
+    monkeypatch.setattr(quality, "run", run)
 
 
 def test_time_that_is_over_leaves_a_summary(tmp_path: Path) -> None:
@@ -43,6 +56,12 @@ def test_a_line_that_was_cut_is_run_again(tmp_path: Path) -> None:
     append(runs, {"key": "d"})
     append(runs, {"key": "e"})
     assert [run["key"] for run in read_runs(runs)] == ["a", "b", "d", "e"]
+    with runs.open("ab") as file:
+        file.write(b'3\nnull\n{"score": 1}\n{"key": 1}\n"\xff"\n\0\0\n')
+    append(runs, {"key": "f", "quick": False, "precision": PRECISION, "method": "no more"})
+    assert [run["key"] for run in read_runs(runs)] == ["a", "b", "d", "e", "f"]
+    assert fresh(read_runs(runs)) == []
+    assert select.fresh(read_runs(runs)) == []
     assert read_runs(tmp_path / "none.jsonl") == []
 
 
@@ -53,12 +72,7 @@ def test_a_run_in_another_precision_is_run_again_only_on_request(
     for each in (*searches(precision=OTHER), line("adapter", SUBJECTS[0].name, 0, 0.5, precision=OTHER)):
         append(runs, each)
 
-    def run(bench: object, work: Work, *, quick: bool) -> dict[str, Any]:
-        made.append(work.key)
-        return line(work.method, work.subject.name, work.seed, 0.6, work.stage, seconds=1.0)
-
-    monkeypatch.setattr(quality, "Bench", lambda *_: None)
-    monkeypatch.setattr(quality, "run", run)
+    fake_runs(monkeypatch, made)
     words = ["--methods", "adapter", "--seeds", "0", "--runs", str(runs)]
     done = CliRunner().invoke(quality.main, words)
     assert done.exit_code == 0, done.output
@@ -69,6 +83,42 @@ def test_a_run_in_another_precision_is_run_again_only_on_request(
     done = CliRunner().invoke(quality.main, [*words, "--mixed-precision", named])
     assert done.exit_code == 0, done.output
     assert made == [*keys[1:], keys[0]]
+
+
+def test_quick_lines_count_as_no_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, made = tmp_path / "runs.jsonl", []
+    for each in (*searches(quick=True), line("adapter", SUBJECTS[0].name, 0, 0.5, quick=True)):
+        append(runs, each)
+    fake_runs(monkeypatch, made)
+    words = [
+        "--methods",
+        "adapter",
+        "--seeds",
+        "100",
+        "--runs",
+        str(runs),
+        "--json",
+        str(tmp_path / "q.json"),
+    ]
+    done = CliRunner().invoke(quality.main, words)
+    assert done.exit_code == 0, done.output
+    searched = len(SEARCHED["adapter"]) * len(SEARCH_SUBJECTS)  # of one seed, whatever --seeds says
+    assert [key.split("/")[0] for key in made] == ["search"] * searched + ["compare"] * len(SUBJECTS)
+    assert json.loads((tmp_path / "q.json").read_text())["methods"]["adapter"]["score"]["value"] == 0.6
+    assert len(read_runs(runs)) == len(searches()) + 1 + len(made)
+    assert summary(read_runs(runs), quick=True)["methods"]["adapter"]["score"]["value"] == 0.5
+
+
+def test_a_summary_tells_its_runs_machine() -> None:
+    def run(day: str, processor: str, **more: Any) -> dict[str, Any]:
+        return {"machine": {"date": day, "processor": processor, "cores": 2}, "threads": 1, **more}
+
+    runs = [run("2026-02-03", "B"), run("2026-02-01", "A"), {"threads": 1}]
+    found = report.of_runs(runs)
+    about = {"processor": "A and B", "cores": 2, "date": "2026-02-03", "since": "2026-02-01"}
+    assert found == {"machine": about, "threads": 1}
+    assert "threads" not in report.of_runs([*runs, run("2026-02-02", "A", threads=2)])
+    assert report.of_runs([{"threads": 1}]) == {}
 
 
 def test_best_against_last_by_hand(tmp_path: Path) -> None:
@@ -82,9 +132,13 @@ def test_best_against_last_by_hand(tmp_path: Path) -> None:
             "kind": "overfitting",
             "subject": subject,
             "precision": PRECISION,
+            "quick": False,
             **sides,
         }
 
+    assert select.fresh([row("a", 0.8, 0.5), {**row("b", 0.8, 0.5), "recipe": "older"}]) == [
+        row("a", 0.8, 0.5)
+    ]
     whole = select.summary([row("a", 0.8, 0.5), row("b", 0.6, 0.5)])
     found = whole["overfitting"]
     assert found["best"]["score"] == 0.7
@@ -96,18 +150,30 @@ def test_best_against_last_by_hand(tmp_path: Path) -> None:
     assert shown[-2] == "| overfitting | step | 3 | 3 |  |"
 
 
-@pytest.mark.parametrize("command", [quality.main, select.main])
-def test_quick_runs_stay_out_of_the_real_ones(command: click.Command) -> None:
-    done = CliRunner().invoke(command, ["--quick"])
-    assert done.exit_code == 2
-    assert "pass --runs as well" in done.output
+@pytest.mark.parametrize(("command", "path"), [(quality.main, quality.RUNS), (select.main, select.RUNS)])
+def test_quick_runs_stay_out_of_the_real_ones(command: click.Command, path: Path) -> None:
+    for words in ((), ("--runs", str(path.resolve()))):
+        done = CliRunner().invoke(command, ["--quick", *words])
+        assert done.exit_code == 2
+        assert "pass --runs as well" in done.output
 
 
-def test_bad_words() -> None:
+def test_bad_words(tmp_path: Path) -> None:
     assert "--part must be like 1/2" in CliRunner().invoke(quality.main, ["--part", "3/2"]).output
     assert "--part must be like 1/2" in CliRunner().invoke(select.main, ["--part", "one"]).output
     assert "unknown seeds 7" in CliRunner().invoke(quality.main, ["--seeds", "0,7"]).output
     assert "unknown methods best" in CliRunner().invoke(quality.main, ["--methods", "best"]).output
+    for words, said in (
+        (["--methods", ""], "unknown methods ''"),
+        (["--part", "²/2"], "--part must be like 1/2"),
+        (["--plot", "p.xyz"], "--plot must end in .png"),
+        (["--json", str(tmp_path)], "is a directory"),
+        (["--runs", str(tmp_path)], "is a directory"),
+        (["--seconds", "-1"], "not in the range"),
+    ):
+        done = CliRunner().invoke(quality.main, words)
+        assert done.exit_code == 2
+        assert said in done.output
 
 
 def test_a_quick_run_and_going_on(tmp_path: Path) -> None:
@@ -148,6 +214,16 @@ def test_a_part_waits_for_the_others_share_of_the_search(
     assert done.exit_code == 0, done.output
     assert len(slept) == len(SEARCHED["adapter"])
     assert done.output.count("waiting for the other parts to search the rate of adapter") == 1
+
+
+def test_a_part_waits_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "PATIENCE", 0.0)
+    monkeypatch.setattr(quality.time, "sleep", lambda _: None)
+    fake_runs(monkeypatch, [])
+    words = ["--methods", "adapter", "--runs", str(tmp_path / "runs.jsonl"), "--part", "1/2"]
+    done = CliRunner().invoke(quality.main, words)
+    assert done.exit_code == 1
+    assert "no other part seems to be at work" in done.output
 
 
 def test_a_quick_run_of_select(tmp_path: Path) -> None:

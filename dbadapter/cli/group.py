@@ -51,7 +51,7 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         """Turn what the library raises on purpose, and what a machine runs out of, into one line."""
         try:
-            with _terminable():
+            with terminable():
                 return super().invoke(ctx)
         except DbadapterError as error:
             _fail(str(error), error.exit_code)
@@ -80,7 +80,9 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
+    """Let SIGTERM raise what Ctrl-C does, so that what is finished can be kept; in the main thread alone."""
+
     def terminate(number: int, frame: Any) -> NoReturn:
         raise _Terminated
 
