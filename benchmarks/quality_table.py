@@ -172,9 +172,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _value(value: float, sign: str = "", places: int = 2) -> str:
-    rounded = round(value, places) + 0.0  # + 0.0: no minus before nothing
+    # + 0.0: no minus before nothing; but of differences -.000 is one that is below 0.
+    rounded = (value if sign else round(value, places)) + 0.0
     text = f"{rounded:{sign}.{places}f}"
-    return text.replace("0.", ".", 1) if abs(rounded) < 1 else text
+    return text.replace("0.", ".", 1) if abs(float(text)) < 1 else text
 
 
 def _with_interval(figure: Mapping[str, float], places: int = 2) -> str:
