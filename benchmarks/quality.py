@@ -21,7 +21,7 @@ import click
 import torch
 
 from benchmarks import report
-from benchmarks.quality_figures import best_rates, fresh, main_precision, summary
+from benchmarks.quality_figures import summary
 from benchmarks.quality_plan import (
     METHODS,
     PRECISIONS,
@@ -37,6 +37,7 @@ from benchmarks.quality_plan import (
     works,
 )
 from benchmarks.quality_plot import pareto
+from benchmarks.quality_runs import best_rates, fresh, main_precision
 from benchmarks.quality_table import ENOUGH
 from benchmarks.toybox_runs import Bench, append, read_runs, sheet, train
 from dbadapter.base import pick_device, pick_precision

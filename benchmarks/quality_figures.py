@@ -1,20 +1,31 @@
-"""The figures of `benchmarks.quality` from its runs: best rates, means over subjects and seeds, the plot."""
+"""The figures of `benchmarks.quality` from its runs: means over subjects and seeds, differences, targets."""
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, SETTINGS, SUBJECTS, recipe
+from benchmarks.quality_plan import METHODS, SEARCHED, SETTINGS, SUBJECTS
+from benchmarks.quality_runs import (
+    DEFAULT,
+    FULL,
+    Run,
+    best_rates,
+    forgotten,
+    fresh,
+    main_precision,
+    mean,
+    search,
+)
 from dbadapter import metrics
 
-__all__ = ["DEFAULT", "FULL", "best_rates", "forgotten", "fresh", "main_precision", "search", "summary"]
+__all__ = ["summary", "table"]
 
 #: Between 0 and 1 by their definition: so are the ends of their intervals.
 SHARES = frozenset(
@@ -42,8 +53,6 @@ PICTURES = SETTINGS.num_class_images  # as many as of the subject, and of other 
 #: That a precision changes, and the processor.
 COSTS = frozenset({"cpu_seconds", "peak_memory_mb"})
 
-Run = Mapping[str, Any]
-DEFAULT, FULL = "adapter", "full"
 FIGURES = (
     "subject_fidelity",
     "likeness",
@@ -67,54 +76,6 @@ FIGURES = (
 )
 
 
-def fresh(runs: Sequence[Run], *, quick: bool = False) -> list[Run]:
-    """Return the runs that were made as their method's are made now, and say in which precision.
-
-    Args:
-        runs: lines of the file, in which others may be: of a method that is no more, of before a setting.
-        quick: those of `--quick` alone, which measure nothing; else none of them.
-    """
-    recipes = {method: recipe(method, quick=quick) for method in METHODS}
-    said = [run for run in runs if "precision" in run and run.get("quick") is quick]
-    return [run for run in said if run.get("recipe", "") == recipes.get(run.get("method", ""))]
-
-
-def search(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
-    """Return method -> rate -> mean score, likeness and what was forgotten, over its subjects.
-
-    Runs of every precision count: next to the rate it moves nothing (`other_precisions` in the summary).
-    """
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for method, rates in SEARCHED.items():
-        for rate in rates:
-            rows = [
-                run for run in runs if (run["stage"], run["method"], run["rate"]) == ("search", method, rate)
-            ]
-            if {run["subject"] for run in rows} >= {subject.name for subject in SEARCH_SUBJECTS}:
-                found.setdefault(method, {})[f"{rate:g}"] = {
-                    "score": _mean_over_subjects(rows, lambda run: float(run["score"])),
-                    "likeness": _mean_over_subjects(rows, lambda run: float(run["likeness"])),
-                    "forgotten": _mean_over_subjects(rows, forgotten),
-                }
-    return found
-
-
-def best_rates(runs: Sequence[Run]) -> dict[str, float]:
-    """Return method -> the rate with the best mean score, for those whose search is complete."""
-    return {
-        method: float(max(rates, key=lambda rate: rates[rate]["score"]))
-        for method, rates in search(runs).items()
-        if len(rates) == len(SEARCHED[method])
-    }
-
-
-def main_precision(runs: Sequence[Run]) -> str | None:
-    """Return the precision that most runs of the defaults are in, or of all runs if there is none yet."""
-    compared = [run for run in runs if (run["stage"], run["method"]) == ("compare", DEFAULT)]
-    counts = Counter(run["precision"] for run in compared or runs)
-    return counts.most_common(1)[0][0] if counts else None
-
-
 def _one_each(runs: Sequence[Run], main: str | None) -> list[Run]:
     """Return one run of each method, rate, subject and seed: that in the main precision if there is one."""
     found: dict[tuple[Any, ...], Run] = {}
@@ -125,11 +86,6 @@ def _one_each(runs: Sequence[Run], main: str | None) -> list[Run]:
 
 def _what(run: Run, *more: str) -> tuple[Any, ...]:
     return tuple(run[name] for name in ("method", "rate", "subject", "seed", *more))
-
-
-def forgotten(run: Run) -> float:
-    """Return how much of the class is lost: 1 - (class_kept * class_spread * class_obedience)^(1/3)."""
-    return 1 - float(run["class_kept"] * run["class_spread"] * run["class_obedience"]) ** (1 / 3)
 
 
 def _value(run: Run, figure: str) -> float:
@@ -178,12 +134,12 @@ def summary(runs: Sequence[Run], *, quick: bool = False) -> dict[str, Any]:
     # Of the base each subject counts once, however many runs it has.
     first_of = list({run["subject"]: run for run in runs if run["precision"] == precision}.values())
     before = {
-        name: _mean([run["before"][name] for run in first_of])
+        name: mean([run["before"][name] for run in first_of])
         for name in (first_of[0]["before"] if first_of else ())
     }
     return {
         "compared": sum(about["subjects"] * about["seeds"] for about in methods.values()),
-        "before": before | {"ceiling": _mean([run["ceiling"] for run in first_of])},
+        "before": before | {"ceiling": mean([run["ceiling"] for run in first_of])},
         "search": search(everything),
         # Another rate beyond it may do better still.
         "best_at_the_edge": [
@@ -432,14 +388,3 @@ def _unsure(values: Tensor, figure: str, estimate: Callable[[Tensor], metrics.Fi
 
 def _rounded(figure: metrics.Figure) -> dict[str, float]:
     return {key: round(value, 4) for key, value in asdict(figure).items()}
-
-
-def _mean_over_subjects(runs: Sequence[Run], figure: Callable[[Run], float]) -> float:
-    values: dict[str, list[float]] = {}
-    for run in runs:
-        values.setdefault(run["subject"], []).append(figure(run))
-    return _mean([sum(each) / len(each) for each in values.values()])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return round(sum(values) / len(values), 4) if values else 0.0

@@ -9,8 +9,8 @@ from typing import Any
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from benchmarks.quality_figures import DEFAULT, FULL
 from benchmarks.quality_plan import METHODS
+from benchmarks.quality_runs import DEFAULT, FULL
 
 __all__ = ["pareto"]
 

@@ -15,14 +15,7 @@ import click
 import torch
 
 from benchmarks import quality_plan, quality_table
-from benchmarks.quality_figures import (
-    best_rates,
-    fresh,
-    main_precision,
-    search,
-    summary,
-    table,
-)
+from benchmarks.quality_figures import summary, table
 from benchmarks.quality_plan import (
     METHODS,
     SEARCH_SUBJECTS,
@@ -34,6 +27,7 @@ from benchmarks.quality_plan import (
     works,
 )
 from benchmarks.quality_plot import SIZE, pareto
+from benchmarks.quality_runs import best_rates, fresh, main_precision, search
 from benchmarks.toybox_runs import read_runs
 from dbadapter import metrics
 from dbadapter.config import TrainConfig

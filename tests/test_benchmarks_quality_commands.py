@@ -14,7 +14,7 @@ import click
 from click.testing import CliRunner
 
 from benchmarks import quality, quality_table, report, select
-from benchmarks.quality_figures import fresh, summary
+from benchmarks.quality_figures import summary
 from benchmarks.quality_plan import (
     PRECISIONS,
     SEARCH_SUBJECTS,
@@ -22,6 +22,7 @@ from benchmarks.quality_plan import (
     SUBJECTS,
     Work,
 )
+from benchmarks.quality_runs import fresh
 from benchmarks.toybox_runs import append, read_runs
 from tests.quality_lines import OTHER, PRECISION, RATES, line, searches
 
