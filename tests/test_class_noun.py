@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from command_line import run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -308,3 +309,20 @@ def test_the_benchmark_counts_each_subject_once(tmp_path: Path) -> None:
     rows = [{"share": 0.9, "right": True}, {"share": 0.5, "right": True}]
     found = benchmark.summary([rows, [{"share": 0.7, "right": False}]], (0.6,))
     assert found == {"0.6": {"right": 0.5, "wrong": 1.0, "refused": 0.5}}
+
+
+def test_the_benchmark_says_what_it_cannot_read(tmp_path: Path) -> None:
+    words = ["--data", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    table = tmp_path / "prompts_and_classes.txt"
+    for content, said in (
+        (None, "is not the data set's table"),
+        ("x\n", "is not the data set's table"),
+        ("subject_name,class\ndog,dog\n", "no photographs in"),
+    ):
+        if content is not None:
+            table.write_text(content)
+            (tmp_path / "dog").mkdir(exist_ok=True)
+        done = CliRunner().invoke(benchmark.main, words)
+        assert done.exit_code == 1
+        assert said in done.output
+        assert not (tmp_path / "out.json").exists()
