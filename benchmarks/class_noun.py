@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import report
+from benchmarks.toybox_runs import check_renderer
 from dbadapter.class_noun import Classifier, ballots, count, load_classifier
 from dbadapter.config import TrainConfig
 from dbadapter.errors import DbadapterError
@@ -141,6 +142,9 @@ def renders(instances: int, seed: int) -> dict[str, Any]:
 @click.option("--seed", default=0, show_default=True, help="Of the sets of three photographs.")
 def main(data: Path, json_path: Path, quick: bool, seed: int) -> None:
     """Measure how often `--class-noun auto` is right, wrong, or does not answer."""
+    check_renderer()
+    if data.resolve() in json_path.resolve().parents and json_path.suffix.lower() != ".json":
+        raise click.UsageError(f"--json {json_path} may belong to --data: give it a name that ends in .json")
     try:
         nouns = read_nouns(data / "prompts_and_classes.txt")
     except (OSError, ValueError) as error:

@@ -62,7 +62,7 @@ def run_part(name: str, settings: Mapping[str, Any], seconds: float) -> Record:
     record, log = _place(name, settings), work / f"gpu-{name}.log"
     done = dict(settings["done"])
     while True:
-        record.unlink(missing_ok=True)
+        report.save({"cells": done, "left": [], "running": None}, record)
         remaining = until - time.monotonic()
         told = {**settings, "done": done, "seconds": max(0.0, remaining - START_SECONDS)}
         if settings["tiny"]:
@@ -184,10 +184,12 @@ def measure(
         again = {"failed", "not_measured", "disturbed"}
         done = {cell: about for cell, about in cells if not again & about.keys()}
         at = clock()
+        _place(name, settings).unlink(missing_ok=True)  # of an earlier call
         try:
             record = run(name, {**settings, "done": done}, remaining)
         except Exception as error:  # the other parts may go well
-            record = {"cells": done, "left": [], "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+            found, reason = _record(_place(name, settings), done), f"{type(error).__name__}: {error}"
+            record = {"cells": found["cells"], "left": found["left"], "reason": reason.splitlines()[0]}
         except BaseException:  # an interrupt: what the part's process had finished is kept
             found = _record(_place(name, settings), done)
             rest = [*found["left"], found["running"] or "what came after"]
@@ -228,12 +230,8 @@ def go_on(path: Path | None, tiny: bool, machine: Mapping[str, Any], threads: in
         found: Record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise click.UsageError(f"--json {path} is no JSON; {cure}") from None
-    if (
-        not isinstance(found, dict)
-        or found.get("benchmark") != "gpu"
-        or not {"parts", "machine"} <= set(found)
-    ):
-        raise click.UsageError(f"--json {path} is not of this benchmark; {cure}")
+    if not _is_ours(found):
+        raise click.UsageError(f"--json {path} is not of this benchmark, or damaged; {cure}")
     there, here = found["machine"].get("accelerator"), machine["accelerator"]
     if there != here:
         raise click.UsageError(
@@ -241,22 +239,36 @@ def go_on(path: Path | None, tiny: bool, machine: Mapping[str, Any], threads: in
         )
     if found["tiny"] != tiny:
         raise click.UsageError(f"--json {path} is {'' if found['tiny'] else 'not '}of a --quick run; {cure}")
-    versions = found["machine"].get("versions", {})
+    versions = found["machine"]["versions"]
     for name, version in machine["versions"].items():
         if (of_then := versions.get(name, version)) != version:
             raise click.UsageError(
                 f"--json {path} was measured with {name} {of_then}, this is {version}; {cure}"
             )
-    if (of_then := found.get("threads", threads)) != threads:
+    if (of_then := found["threads"]) != threads:
         raise click.UsageError(f"--json {path} was measured with --threads {of_then}, not {threads}; {cure}")
     since = found["machine"].get("since", found["machine"].get("date", machine["date"]))
-    return {"parts": found["parts"], "machine": {**machine, "since": since}}
+    return {**found, "machine": {**machine, "since": since}}
+
+
+def _is_ours(found: Any) -> bool:
+    """Return whether something read from a file is what this benchmark writes, as far as it is read again."""
+    kinds = {"parts": dict, "machine": dict, "tiny": bool, "threads": int}
+    if not isinstance(found, dict) or found.get("benchmark") != "gpu":
+        return False
+    if not all(isinstance(found.get(name), kind) for name, kind in kinds.items()):
+        return False
+    if not isinstance(found["machine"].get("versions"), dict):
+        return False
+    return all(
+        isinstance(part, dict) and isinstance(part.get("cells"), dict) for part in found["parts"].values()
+    )
 
 
 @click.command()
 @click.option("--parts", default=",".join(PARTS), show_default=True, help="Which, in this order.")
 @click.option(
-    "--budget-seconds", "budget", default=540.0, show_default=True, type=click.FloatRange(0), help="Of all."
+    "--budget-seconds", "budget", default=540.0, show_default=True, type=report.SECONDS, help="Of all."
 )
 @click.option(
     "--peer-script",
@@ -286,8 +298,9 @@ def main(
 ) -> None:
     """Measure what a GPU makes of training and inference and print JSON."""
     chosen = [name for name in parts.split(",") if name]
-    if unknown := [name for name in chosen if name not in PARTS]:
-        raise click.UsageError(f"unknown parts {', '.join(unknown)}; known: {', '.join(PARTS)}")
+    if not chosen or (unknown := [name for name in chosen if name not in PARTS]):
+        what = f"unknown parts {', '.join(unknown)}" if chosen else "--parts names none"
+        raise click.UsageError(f"{what}; known: {', '.join(PARTS)}")
     if peer_script is not None:
         check_script(peer_script)
     tiny, machine = quick or not torch.cuda.is_available(), report.machine()

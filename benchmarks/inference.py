@@ -262,6 +262,7 @@ def main(
     quick: bool,
 ) -> None:
     """Measure exported models beside torch's and print JSON."""
+    report.check_apart(json=json_path, plot=plot_path)
     chosen = tables.split(",")
     if unknown := [name for name in chosen if name not in TABLES]:
         raise click.UsageError(f"unknown tables {', '.join(unknown)}; known: {', '.join(TABLES)}")

@@ -39,8 +39,9 @@ from benchmarks.quality_plan import (
 from benchmarks.quality_plot import pareto
 from benchmarks.quality_runs import best_rates, fresh, main_precision
 from benchmarks.quality_table import ENOUGH
-from benchmarks.toybox_runs import Bench, append, read_runs, sheet, train
+from benchmarks.toybox_runs import Bench, append, complain, finished, read_runs, sheet, train
 from dbadapter.base import pick_device, pick_precision
+from dbadapter.errors import DbadapterError
 
 RUNS = Path("benchmarks/results/quality.jsonl")
 PATIENCE = 3600.0  # seconds without a run, of which one takes minutes
@@ -148,6 +149,7 @@ def main(
 ) -> None:
     """Compare methods on toybox and print JSON."""
     process = part_of(part)
+    report.check_apart(json=json_path, plot=plot_path, runs=runs_path)
     if quick and runs_path.resolve() == RUNS.resolve():
         raise click.UsageError("--quick would put its lines beside the real ones: pass --runs as well")
     if plot_path is not None and plot_path.suffix.lower() != ".png":
@@ -155,6 +157,8 @@ def main(
     wanted = given(methods, METHODS, "methods")
     if quick:
         wanted = [method for method in wanted if method in ("adapter", "full")]
+        if not wanted:
+            raise click.UsageError("--quick runs adapter and full alone: name one of them in --methods")
     chosen = given(seeds, [str(seed) for seed in SEEDS], "seeds")
     precision = pick_precision(pick_device(), mixed_precision)
     label = PRECISIONS[precision]
@@ -167,6 +171,7 @@ def main(
         )
     start = time.perf_counter()
     made: Bench | None = None
+    failed: list[str] = []
     for name in ("search", "compare") if stage is None else (stage,):
         if name == "summary":
             break
@@ -192,10 +197,15 @@ def main(
             if made is None:
                 folder = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-quality-"))
                 made = Bench(folder, QUICK if quick else SETTINGS)
-            found = run(made, work)
+            try:
+                found = run(made, work)
+            except (DbadapterError, click.ClickException) as error:  # the others may go well
+                click.echo(f"{work.key}: {error}", err=True)
+                failed.append(work.key)
+                continue
             append(runs_path, found)
             click.echo(f"{work.key}: score {found['score']:.3f}, {found['seconds']:.0f} s", err=True)
-    runs = fresh(read_runs(runs_path), quick=quick)
+    runs = finished(runs_path, lambda lines: fresh(lines, quick=quick), failed)
     figures = summary(runs, quick=quick)
     shown = {name: of for name, of in figures["methods"].items() if quick or of["subjects"] >= ENOUGH}
     shown |= {
@@ -207,6 +217,7 @@ def main(
     if plot_path is not None and shown:
         plot_path.parent.mkdir(parents=True, exist_ok=True)
         pareto(shown).save(plot_path)
+    complain(failed)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from benchmarks.quality_runs import (
 )
 from dbadapter import metrics
 
-__all__ = ["summary", "table"]
+__all__ = ["difference_of", "summary", "table"]
 
 #: Between 0 and 1 by their definition: so are the ends of their intervals.
 SHARES = frozenset(
@@ -46,7 +46,10 @@ SHARES = frozenset(
 
 #: Shares of a run's pictures.
 OF_PICTURES = frozenset(
-    {"prompt_fidelity", "context_agreement", "noun_agreement", "class_fidelity", "unrelated_fidelity"}
+    {
+        *("prompt_fidelity", "context_agreement", "noun_agreement", "obedience"),
+        *("class_fidelity", "class_obedience", "unrelated_fidelity"),
+    }
 )
 PICTURES = SETTINGS.num_class_images  # as many as of the subject, and of other things
 
@@ -263,7 +266,7 @@ def _pairs(runs: Sequence[Run], name: str, against: str, main: str | None) -> di
         shared = [run for run in of_figure if (run["subject"], run["seed"]) in both]
         one, other = table(shared, name, figure), table(shared, against, figure)
         if one.shape == other.shape and one.numel():
-            found[figure] = _difference_of(one, other, figure)
+            found[figure] = difference_of(one, other, figure)
     return found
 
 
@@ -344,7 +347,7 @@ def _forgetting(runs: Sequence[Run], ours: str, bare: str) -> dict[str, Any]:
     }
     return found | {
         "likeness": {key: round(value, 4) for key, value in likeness.items()},
-        "runs": len(shared),
+        "runs": table(runs, ours, "forgotten").numel(),
     }
 
 
@@ -364,7 +367,13 @@ def _mean_of(values: Tensor, figure: str) -> dict[str, float]:
     return _rounded(found)
 
 
-def _difference_of(one: Tensor, other: Tensor, figure: str) -> dict[str, float]:
+def difference_of(one: Tensor, other: Tensor, figure: str) -> dict[str, float]:
+    """Return the mean paired difference of a figure, one - other, and its interval.
+
+    Args:
+        one: shape (subjects, seeds).
+        other: the same subjects', with as many seeds or others.
+    """
     beside = _of_subjects(other)
     return _rounded(_unsure(one, figure, lambda of_it: metrics.difference(of_it, beside, shares=False)))
 

@@ -12,6 +12,13 @@ __all__ = ["DEFAULT", "FULL", "Run", "best_rates", "forgotten", "fresh", "main_p
 
 Run = Mapping[str, Any]
 DEFAULT, FULL = "adapter", "full"
+#: Without which a line is no run.
+_NEEDED = frozenset(
+    {
+        *("stage", "method", "subject", "seed", "rate", "precision", "recipe"),
+        *("score", "likeness", "class_kept", "class_spread", "class_obedience"),
+    }
+)
 
 
 def fresh(runs: Sequence[Run], *, quick: bool = False) -> list[Run]:
@@ -22,8 +29,11 @@ def fresh(runs: Sequence[Run], *, quick: bool = False) -> list[Run]:
         quick: those of `--quick` alone, which measure nothing; else none of them.
     """
     recipes = {method: recipe(method, quick=quick) for method in METHODS}
-    said = [run for run in runs if "precision" in run and run.get("quick") is quick]
-    return [run for run in said if run.get("recipe", "") == recipes.get(run.get("method", ""))]
+    whole = [run for run in runs if run.keys() >= _NEEDED and run.get("quick") is quick]
+    known = [
+        run for run in whole if run["method"] in list(METHODS)
+    ]  # a list: of a damaged line anything may be
+    return [run for run in known if run["recipe"] == recipes[run["method"]]]
 
 
 def search(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:

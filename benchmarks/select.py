@@ -24,11 +24,12 @@ import click
 import torch
 
 from benchmarks import quality_plan, report
+from benchmarks.quality_figures import difference_of
 from benchmarks.quality_plan import PRECISIONS, QUICK, SETTINGS, SUBJECTS, part_of, share
-from benchmarks.toybox_runs import FIGURES, Bench, append, read_runs, sheet, train
-from dbadapter import metrics
+from benchmarks.toybox_runs import FIGURES, Bench, append, complain, finished, read_runs, sheet, train
 from dbadapter.adapter_file import read_adapter
 from dbadapter.base import pick_device, pick_precision
+from dbadapter.errors import DbadapterError
 from dbadapter.selection import FIRST, PATIENCE
 from dbadapter.toybox.subjects import Subject
 
@@ -38,6 +39,7 @@ KINDS = {
     "default": (),
 }
 COMPARED = ("score", "likeness", "obedience", "class_kept", "class_spread", "class_obedience", *FIGURES)
+_NEEDED = {"key", "kind", "subject", "precision", "recipe", "best", "last"}  # without which a line is no run
 
 
 def run(bench: Bench, kind: str, subject: Subject, *, quick: bool) -> dict[str, Any]:
@@ -81,10 +83,10 @@ def recipe(kind: str, *, quick: bool = False) -> str:
 
 
 def fresh(runs: Sequence[dict[str, Any]], *, quick: bool = False) -> list[dict[str, Any]]:
-    """Return the runs that were made as their kind's are made now; the first sixteen did not say how."""
-    recipes = {kind: (None, recipe(kind, quick=quick)) for kind in KINDS}
-    of_it = [run for run in runs if run.get("quick") is quick]
-    return [run for run in of_it if run.get("recipe") in recipes.get(run.get("kind", ""), ())]
+    """Return the runs that were made as their kind's are made now."""
+    recipes = {kind: recipe(kind, quick=quick) for kind in KINDS}
+    whole = [run for run in runs if run.keys() >= _NEEDED and run.get("quick") is quick]
+    return [run for run in whole if run["kind"] in list(KINDS) and run["recipe"] == recipes[run["kind"]]]
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -109,13 +111,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 for select in ("best", "last")
             },
             "best_minus_last": {
-                name: {
-                    key: round(value, 4)
-                    for key, value in asdict(
-                        metrics.difference(of("best", name), of("last", name), shares=False)
-                    ).items()
-                }
-                for name in COMPARED
+                name: difference_of(of("best", name), of("last", name), name) for name in COMPARED
             },
         }
     return found
@@ -142,8 +138,9 @@ def main(
     """Compare the chosen checkpoint with the last and print JSON."""
     if quick and runs_path.resolve() == RUNS.resolve():
         raise click.UsageError("--quick would put its lines beside the real ones: pass --runs as well")
+    report.check_apart(json=json_path, runs=runs_path)
     subjects = share(SUBJECTS[:1] if quick else SUBJECTS, part_of(part))
-    start, made = time.perf_counter(), None
+    start, made, failed = time.perf_counter(), None, list[str]()
     for kind in list(KINDS)[:1] if quick else KINDS:
         for subject in subjects:
             there = {each["key"] for each in fresh(read_runs(runs_path), quick=quick)}
@@ -154,12 +151,18 @@ def main(
             if made is None:
                 folder = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-select-"))
                 made = Bench(folder, QUICK if quick else SETTINGS)
-            found = run(made, kind, subject, quick=quick)
+            try:
+                found = run(made, kind, subject, quick=quick)
+            except (DbadapterError, click.ClickException) as error:  # the others may go well
+                click.echo(f"{_key(kind, subject, quick=quick)}: {error}", err=True)
+                failed.append(_key(kind, subject, quick=quick))
+                continue
             append(runs_path, found)
             scores = ", ".join(f"{name} {found[name]['score']:.3f}" for name in ("best", "last"))
             click.echo(f"{found['key']}: {scores}", err=True)
-    runs = fresh(read_runs(runs_path), quick=quick)
+    runs = finished(runs_path, lambda lines: fresh(lines, quick=quick), failed)
     report.write({"benchmark": "select", "quick": quick, **summary(runs), **report.of_runs(runs)}, json_path)
+    complain(failed)
 
 
 if __name__ == "__main__":

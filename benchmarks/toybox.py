@@ -81,6 +81,7 @@ def agreement(
 @click.option("--quick", is_flag=True, help="Three contexts: checks the machinery, measures nothing.")
 def main(spec: str, json_path: Path | None, grid_path: Path | None, quick: bool) -> None:
     """Measure the embedded base and print JSON."""
+    report.check_apart(json=json_path, grid=grid_path)
     torch.manual_seed(0)
     base = load_base(spec)
     judge = load_judges()

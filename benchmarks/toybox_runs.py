@@ -8,8 +8,9 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,19 @@ from dbadapter.score import overall
 from dbadapter.toybox import names
 from dbadapter.toybox.subjects import TEST_CONTEXTS, Subject, photographs
 
-__all__ = ["FIGURES", "IDENTIFIER", "Bench", "Cost", "append", "read_runs", "sheet", "train"]
+__all__ = [
+    "FIGURES",
+    "IDENTIFIER",
+    "Bench",
+    "Cost",
+    "append",
+    "check_renderer",
+    "complain",
+    "finished",
+    "read_runs",
+    "sheet",
+    "train",
+]
 
 IDENTIFIER = "sks"
 FIGURES = (
@@ -84,10 +97,21 @@ def prompts_of(noun: str) -> Prompts:
     return choose_prompts(noun, tuple(f"a photo of {{}} {c}" for c in TEST_CONTEXTS), unrelated)
 
 
+def check_renderer() -> None:
+    """Pass if toybox's pictures can be drawn here.
+
+    Raises:
+        ClickException: numba is not installed; the message says what to install.
+    """
+    if find_spec("numba") is None:
+        raise click.ClickException("numba draws the pictures: pip install 'dbadapter[pretrain]'")
+
+
 class Bench:
     """The base, toybox's judges, and what was found of each subject before training."""
 
     def __init__(self, work: Path, settings: Settings) -> None:
+        check_renderer()
         self.work, self.settings = work, settings
         self.base: Base = load_base("toybox")
         self.encoder, self.judge = load_encoder(TOYBOX_JUDGES), load_prompt_judge(TOYBOX_JUDGES)
@@ -154,6 +178,37 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
             if isinstance(run, dict) and isinstance(run.get("key"), str):
                 found[run["key"]] = run
     return list(found.values())
+
+
+def finished(
+    path: Path, fresh: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], failed: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the runs of a file that count.
+
+    Args:
+        fresh: which of its lines do.
+        failed: keys of runs that were tried in vain.
+    Raises:
+        ClickException: there is none, of which nothing can be summed up: no earlier summary is replaced.
+    """
+    lines = read_runs(path)
+    if not (runs := fresh(lines)):
+        complain(failed)
+        what = f"none of its {len(lines)} lines counts" if lines else "it has no line of a run"
+        raise click.ClickException(f"--runs {path}: {what}, so there is nothing to sum up or to write")
+    return runs
+
+
+def complain(failed: Sequence[str]) -> None:
+    """Pass if no run failed.
+
+    Raises:
+        ClickException: some did; it names them.
+    """
+    if failed:
+        raise click.ClickException(
+            f"{len(failed)} failed and are missing: {', '.join(failed)}; the same command tries them again"
+        )
 
 
 def append(path: Path, run: dict[str, Any]) -> None:

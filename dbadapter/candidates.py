@@ -115,10 +115,15 @@ def check_model(folder: Path) -> None:
         return
     if (folder / "model" / "model_index.json").is_file():
         raise BaseError(f"{folder} is the folder of a run: pass {folder / 'model'}")
+    if (folder.resolve().parent / "model_index.json").is_file():
+        raise BaseError(f"{folder} is a part of a model: pass {folder.resolve().parent}")
     if files := sorted(folder.glob("*.safetensors")):
         own = folder / f"{folder.resolve().name}.safetensors"
         raise BaseError(f"{folder} holds no model: for its adapter pass {own if own in files else files[0]}")
-    raise BaseError(f"{folder} holds no model: there is no model_index.json in it")
+    raise BaseError(
+        f"{folder} holds neither a model (there is no model_index.json in it) nor an adapter: pass OUT/model "
+        "of train --full, or an adapter's .safetensors file"
+    )
 
 
 def _warn_of_words(path: Path, told: str | None, asked: str | None) -> None:

@@ -309,6 +309,8 @@ def _found(spec: str) -> Path:
     """Return the folder of an encoder, fetched from the hub if need be: that fails at once where it must."""
     from huggingface_hub import snapshot_download
 
+    if spec == TOYBOX_JUDGES:
+        raise UsageError(f"{spec} is no CLIP, which is asked for here: leave the option out on toybox")
     if "/" not in spec and (near := get_close_matches(spec, (DEFAULT_ENCODER, TOYBOX_JUDGES), cutoff=0.8)):
         raise UsageError(f"there is no encoder {spec}: did you mean {near[0]}?")
     path = Path(spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -114,6 +115,28 @@ def test_an_interrupt_keeps_what_the_part_had_finished(tmp_path: Path) -> None:
     part = kept[0]["parts"]["limits"]
     assert (part["state"], set(part["cells"]), part["left"]) == ("partial", {"a"}, ["c", "b"])
     assert kept[0]["left"] == ["limits"]
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), OSError("cannot start")])
+def test_what_ends_a_second_try_keeps_the_cells_of_the_first(
+    end: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def ended(name: str, told: Mapping[str, Any], path: Path, log: Path, seconds: float) -> tuple[int, str]:
+        tries.append(name)
+        if len(tries) == 2:
+            raise end
+        path.write_text(json.dumps({"cells": {"a": {}}, "left": ["c"], "running": "b"}))
+        return -9, "the process ended with -9: no word"
+
+    monkeypatch.setattr(gpu, "_ended", ended)
+    out: dict[str, Any] = {}
+    settings = SETTINGS | {"work": str(tmp_path)}
+    with contextlib.suppress(KeyboardInterrupt):
+        gpu.measure(out, ["limits"], settings, 100, lambda found: None)
+    assert set(out["parts"]["limits"]["cells"]) == {"a", "b"}
+    assert out["left"] == ["limits"]
 
 
 def test_a_cell_in_which_the_process_died_is_told_and_the_part_goes_on(
@@ -271,12 +294,13 @@ def refusal(path: Path, content: str) -> str:
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
-    whole = {"benchmark": "gpu", "parts": {}, "tiny": True, "machine": {"accelerator": None}}
+    nothing: dict[str, Any] = {"accelerator": None, "versions": {}}
+    whole = {"benchmark": "gpu", "parts": {}, "tiny": True, "threads": 1, "machine": nothing}
     path = tmp_path / "out.json"
     assert "is no JSON" in refusal(path, "{")
     assert "not of this benchmark" in refusal(path, '{"benchmark": "cost"}')
     assert "was measured on X, this is a CPU" in refusal(
-        path, json.dumps(whole | {"machine": {"accelerator": "X"}})
+        path, json.dumps(whole | {"machine": nothing | {"accelerator": "X"}})
     )
     assert "not of a --quick run" in refusal(path, json.dumps(whole | {"tiny": False}))
     path.write_text(json.dumps(whole))
@@ -285,8 +309,19 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         path, json.dumps(whole | {"machine": {"accelerator": None, "versions": {"torch": "1"}}})
     )
     assert "with --threads 9, not 1" in refusal(path, json.dumps(whole | {"threads": 9}))
-    path.write_text(json.dumps(whole | {"machine": HERE | {"date": "2026-01-01"}}))
-    assert gpu.go_on(path, True, HERE, 1) == {"parts": {}, "machine": HERE | {"since": "2026-01-01"}}
+    for damage in (
+        {"tiny": None},
+        {"threads": None},
+        {"machine": None},
+        {"machine": {"accelerator": None, "versions": None}},
+        {"parts": []},
+        {"parts": {"limits": 3}},
+        {"parts": {"limits": {"cells": []}}},
+    ):
+        assert "not of this benchmark, or damaged" in refusal(path, json.dumps(whole | damage))
+    path.write_text(json.dumps(whole | {"note": "by hand", "machine": HERE | {"date": "2026-01-01"}}))
+    found = gpu.go_on(path, True, HERE, 1)
+    assert found == whole | {"note": "by hand", "machine": HERE | {"since": "2026-01-01"}}
     assert gpu.go_on(tmp_path / "none.json", True, HERE, 1) == {}
 
 
@@ -303,6 +338,7 @@ def test_unknown_parts_are_refused() -> None:
     result = CliRunner().invoke(gpu.main, ["--parts", "limits,best"])
     assert result.exit_code == 2
     assert f"unknown parts best; known: {', '.join(PARTS)}" in result.output
+    assert "--parts names none; known: limits" in CliRunner().invoke(gpu.main, ["--parts", ","]).output
 
 
 def test_the_command_measures_the_limits_and_goes_on(tmp_path: Path) -> None:

@@ -238,7 +238,8 @@ def test_all_pictures_right_are_no_certainty() -> None:
     assert found["diversity"]["low"] == found["diversity"]["high"] == 0.8
     runs += [line("full", s, 0, 0.5, class_fidelity=1.0, diversity=0.8) for s in "abcdefgh"]
     pairs = summary([*runs, *searches()])["methods"]["full"]["minus_adapter"]
-    assert -0.05 < pairs["class_fidelity"]["low"] < 0 < pairs["class_fidelity"]["high"] < 0.05
+    for name in ("class_fidelity", "class_obedience"):
+        assert -0.05 < pairs[name]["low"] < 0 < pairs[name]["high"] < 0.05
     assert pairs["diversity"]["low"] == pairs["diversity"]["high"] == 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ pytest.importorskip("numba", reason="the benchmarks draw their own pictures")
 import click
 from click.testing import CliRunner
 
-from benchmarks import quality, quality_table, report, select
+from benchmarks import class_noun, quality, quality_table, report, select, toybox_runs
 from benchmarks.quality_figures import summary
 from benchmarks.quality_plan import (
     PRECISIONS,
@@ -24,6 +25,7 @@ from benchmarks.quality_plan import (
 )
 from benchmarks.quality_runs import fresh
 from benchmarks.toybox_runs import append, read_runs
+from dbadapter.errors import BaseError
 from tests.quality_lines import OTHER, PRECISION, RATES, line, searches
 
 
@@ -60,7 +62,11 @@ def test_a_line_that_was_cut_is_run_again(tmp_path: Path) -> None:
     with runs.open("ab") as file:
         file.write(b'3\nnull\n{"score": 1}\n{"key": 1}\n"\xff"\n\0\0\n')
     append(runs, {"key": "f", "quick": False, "precision": PRECISION, "method": "no more"})
-    assert [run["key"] for run in read_runs(runs)] == ["a", "b", "d", "e", "f"]
+    append(runs, {**line("adapter", "a", 0, 0.5), "key": "g", "method": "no more", "recipe": None})
+    append(runs, {**line("adapter", "a", 0, 0.5), "key": "h", "method": ["adapter"]})
+    append(runs, {name: of for name, of in line("adapter", "a", 0, 0.5).items() if name != "stage"})
+    keys = [run["key"] for run in read_runs(runs)]
+    assert keys == ["a", "b", "d", "e", "f", "g", "h", line("adapter", "a", 0, 0.5)["key"]]
     assert fresh(read_runs(runs)) == []
     assert select.fresh(read_runs(runs)) == []
     assert read_runs(tmp_path / "none.jsonl") == []
@@ -134,12 +140,13 @@ def test_best_against_last_by_hand(tmp_path: Path) -> None:
             "subject": subject,
             "precision": PRECISION,
             "quick": False,
+            "recipe": select.recipe("overfitting"),
             **sides,
         }
 
-    assert select.fresh([row("a", 0.8, 0.5), {**row("b", 0.8, 0.5), "recipe": "older"}]) == [
-        row("a", 0.8, 0.5)
-    ]
+    others = [{**row("b", 0.8, 0.5), "recipe": recipe} for recipe in ("older", None)]
+    unknown = [{**row("b", 0.8, 0.5), "kind": kind} for kind in ("no more", ["overfitting"])]
+    assert select.fresh([row("a", 0.8, 0.5), *others, *unknown]) == [row("a", 0.8, 0.5)]
     whole = select.summary([row("a", 0.8, 0.5), row("b", 0.6, 0.5)])
     found = whole["overfitting"]
     assert found["best"]["score"] == 0.7
@@ -149,6 +156,78 @@ def test_best_against_last_by_hand(tmp_path: Path) -> None:
     shown = quality_table.chosen(tmp_path / "s.json").splitlines()
     assert "| overfitting | score | .70 | .50 | +.200 [-1.800, +2.200] |" in shown
     assert shown[-2] == "| overfitting | step | 3 | 3 |  |"
+
+
+def test_shares_of_pictures_that_are_alike_are_no_certainty() -> None:
+    side = {**dict.fromkeys(select.COMPARED, 0.5), "step": 3, "seconds": 1.0, "cpu_seconds": 1.0}
+    rows = [{"kind": "default", "precision": PRECISION, "best": side, "last": side}] * 4
+    found = select.summary(rows)["default"]["best_minus_last"]
+    for name in ("class_obedience", "class_fidelity", "obedience"):
+        assert found[name]["low"] < 0 < found[name]["high"]
+    assert found["drift"]["low"] == found["drift"]["high"] == 0
+
+
+def test_committed_runs_of_select_are_of_todays_recipe() -> None:
+    runs = read_runs(select.RUNS)
+    assert len(select.fresh(runs)) == len(runs) == 2 * len(SUBJECTS)
+
+
+@pytest.mark.parametrize("command", [quality.main, select.main])
+def test_a_summary_of_nothing_replaces_none(command: click.Command, tmp_path: Path) -> None:
+    out, runs = tmp_path / "out.json", tmp_path / "runs.jsonl"
+    out.write_text("{}")
+    words = ["--seconds", "0", "--json", str(out), "--runs", str(runs)]
+    for content, said in (("", "it has no line of a run"), ('{"key": "a"}\n', "none of its 1 lines counts")):
+        runs.write_text(content)
+        done = CliRunner().invoke(command, words)
+        assert done.exit_code == 1
+        assert f"Error: --runs {runs}: {said}" in done.output
+        assert out.read_text() == "{}"
+
+
+@pytest.mark.parametrize("command", [quality.main, select.main])
+def test_a_summary_never_replaces_the_runs(command: click.Command, tmp_path: Path) -> None:
+    runs = tmp_path / "runs.jsonl"
+    append(runs, line("adapter", "a", 0, 0.5))
+    before = runs.read_bytes()
+    (tmp_path / "there").mkdir()
+    words = ["--seconds", "0", "--runs", str(runs), "--json", str(tmp_path / "there/../runs.jsonl")]
+    done = CliRunner().invoke(command, words)
+    assert done.exit_code == 2
+    assert "--json and --runs are both" in done.output or "--runs and --json are both" in done.output
+    assert runs.read_bytes() == before
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, made = tmp_path / "runs.jsonl", list[str]()
+    for each in searches():
+        append(runs, each)
+    fake_runs(monkeypatch, made)
+    fake = quality.run
+
+    def run(bench: Any, work: Work) -> dict[str, Any]:
+        if work.subject == SUBJECTS[1]:
+            raise BaseError("the pictures are not finite")
+        return fake(bench, work)
+
+    monkeypatch.setattr(quality, "run", run)
+    words = ["--methods", "adapter", "--seeds", "0", "--runs", str(runs), "--json", str(tmp_path / "q.json")]
+    done = CliRunner().invoke(quality.main, words)
+    assert done.exit_code == 1
+    assert "the pictures are not finite" in done.output
+    assert "Error: 1 failed and are missing: compare/adapter/teapot-101" in done.output
+    assert len(made) == len(SUBJECTS) - 1
+    assert json.loads((tmp_path / "q.json").read_text())["methods"]["adapter"]["subjects"] == len(made)
+
+
+def test_without_numba_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(toybox_runs, "find_spec", lambda name: None)
+    with pytest.raises(click.ClickException, match=r"pip install 'dbadapter\[pretrain\]'"):
+        toybox_runs.Bench(tmp_path, quality.QUICK)
+    words = ["--data", str(tmp_path), "--json", str(tmp_path.parent / "out.json")]
+    assert "pip install" in CliRunner().invoke(class_noun.main, words).output
 
 
 @pytest.mark.parametrize(("command", "path"), [(quality.main, quality.RUNS), (select.main, select.RUNS)])
@@ -171,6 +250,13 @@ def test_bad_words(tmp_path: Path) -> None:
         (["--json", str(tmp_path)], "is a directory"),
         (["--runs", str(tmp_path)], "is a directory"),
         (["--seconds", "-1"], "not in the range"),
+        (["--seconds", "nan"], "nan is no number of seconds"),
+        (["--json", f"{tmp_path}/new/"], "ends as a folder does"),
+        (["--json", os.devnull], "is a device or a broken link"),
+        (["--runs", f"{__file__}/runs.jsonl"], f"nothing can be written in {__file__}"),
+        (["--work-dir", f"{__file__}/work"], f"nothing can be written in {__file__}"),
+        (["--json", "a.png", "--plot", "a.png"], "--json and --plot are both a.png"),
+        (["--quick", "--methods", "rank-1", "--runs", "r.jsonl"], "--quick runs adapter and full alone"),
     ):
         done = CliRunner().invoke(quality.main, words)
         assert done.exit_code == 2

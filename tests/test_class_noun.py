@@ -280,6 +280,14 @@ def test_nouns_come_from_a_list_or_a_file(tmp_path: Path, clip: Path) -> None:
         )
 
 
+def test_toyboxs_judges_are_no_clip(tmp_path: Path) -> None:
+    result = run(
+        "train", "--instance-data-dir", toybox.example_subject().folder, "--class-noun", "auto",
+        "--output-dir", tmp_path / "out", "--class-noun-classifier", "toybox-judges",
+    )  # fmt: skip
+    assert "toybox-judges is no CLIP, which is asked for here: leave the option out" in result.stderr
+
+
 def test_evaluate_wants_the_noun_itself(tmp_path: Path) -> None:
     words = (
         "evaluate",

@@ -157,8 +157,12 @@ def test_ends_of_a_comparison_say_what_is_written(
         (("--adapter", "run/model"), "run/model is a fully tuned model's folder: pass it with --tuned"),
         (("--tuned", "dog.safetensors"), "is a folder in diffusers' layout; pass an adapter's file"),
         (("--tuned", "nope"), "--tuned nope does not exist: give a tuned model's folder"),
-        (("--tuned", "empty"), "empty holds no model: there is no model_index.json in it"),
+        (
+            ("--tuned", "empty"),
+            "empty holds neither a model (there is no model_index.json in it) nor an adapter",
+        ),
         (("--tuned", "run"), "run is the folder of a run: pass run/model"),
+        (("--tuned", "run/model/unet"), "run/model/unet is a part of a model: pass "),
         (("--adapter", "base.safetensors"), "a candidate is called 'base'"),
         (("--adapter", "dog.safetensors", "--class-noun", " "), "--class-noun must say what the subject is"),
         (
@@ -207,7 +211,7 @@ def test_refusals_are_one_line(
     words: tuple[str, ...], said: str, photographs: Path, files: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(files)
-    for folder in ("peft", "empty", "run/model"):
+    for folder in ("peft", "empty", "run/model/unet"):
         (files / folder).mkdir(parents=True, exist_ok=True)
     (files / "run/model/model_index.json").write_text("{}")
     (files / "run/config.toml").write_text("")
