@@ -30,10 +30,8 @@ def fresh(runs: Sequence[Run], *, quick: bool = False) -> list[Run]:
     """
     recipes = {method: recipe(method, quick=quick) for method in METHODS}
     whole = [run for run in runs if run.keys() >= _NEEDED and run.get("quick") is quick]
-    known = [
-        run for run in whole if run["method"] in list(METHODS)
-    ]  # a list: of a damaged line anything may be
-    return [run for run in known if run["recipe"] == recipes[run["method"]]]
+    made_now = list(recipes.items())  # a list: what a damaged line has for a method may have no hash
+    return [run for run in whole if (run["method"], run["recipe"]) in made_now]
 
 
 def search(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:

@@ -86,7 +86,7 @@ def fresh(runs: Sequence[dict[str, Any]], *, quick: bool = False) -> list[dict[s
     """Return the runs that were made as their kind's are made now."""
     recipes = {kind: recipe(kind, quick=quick) for kind in KINDS}
     whole = [run for run in runs if run.keys() >= _NEEDED and run.get("quick") is quick]
-    return [run for run in whole if run["kind"] in list(KINDS) and run["recipe"] == recipes[run["kind"]]]
+    return [run for run in whole if (run["kind"], run["recipe"]) in list(recipes.items())]
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
