@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.toybox_runs import check_renderer
 from dbadapter.class_noun import Classifier, ballots, count, load_classifier
+from dbadapter.cli.group import Command
 from dbadapter.config import TrainConfig
-from dbadapter.errors import DbadapterError
 from dbadapter.photographs import find_photographs
 
 THRESHOLDS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -134,17 +134,17 @@ def renders(instances: int, seed: int) -> dict[str, Any]:
     return {"instances": instances, "least_share": min(shares), **summary([[each] for each in rows])}
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--data", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="DreamBooth's data set.")  # fmt: skip
-@click.option("--json", "json_path", required=True, type=report.A_FILE, help="Where the figures go.")
+@click.option("--json", "json_path", required=True, type=report.A_JSON, help="Where the figures go.")
 @click.option("--quick", is_flag=True, help="Two subjects; measures nothing.")
-@click.option("--seed", default=0, show_default=True, help="Of the sets of three photographs.")
+@click.option(
+    "--seed", default=0, type=click.IntRange(0), show_default=True, help="Of the sets of three photographs."
+)
 def main(data: Path, json_path: Path, quick: bool, seed: int) -> None:
     """Measure how often `--class-noun auto` is right, wrong, or does not answer."""
     check_renderer()
-    if data.resolve() in json_path.resolve().parents and json_path.suffix.lower() != ".json":
-        raise click.UsageError(f"--json {json_path} may belong to --data: give it a name that ends in .json")
     try:
         nouns = read_nouns(data / "prompts_and_classes.txt")
     except (OSError, ValueError) as error:
@@ -157,14 +157,11 @@ def main(data: Path, json_path: Path, quick: bool, seed: int) -> None:
         raise click.ClickException(f"{data} holds none of the data set's subjects")
     if quick:
         present = dict(itertools.islice(present.items(), 2))
-    try:
-        found = {
-            "real": measure(data, present, "any", seed=seed),
-            "toybox": measure(data, present, TrainConfig.base, seed=seed),
-            "toybox_renders": renders(12 if quick else RENDERED, seed),
-        }
-    except DbadapterError as error:
-        raise click.ClickException(str(error)) from None
+    found = {
+        "real": measure(data, present, "any", seed=seed),
+        "toybox": measure(data, present, TrainConfig.base, seed=seed),
+        "toybox_renders": renders(12 if quick else RENDERED, seed),
+    }
     report.write({"benchmark": "class_noun", "seed": seed, "quick": quick, **found}, json_path)
 
 

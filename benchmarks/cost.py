@@ -8,7 +8,6 @@ free is told, not tried.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from benchmarks import report
 from benchmarks.training_figures import figures, rounded
 from benchmarks.training_runs import RANK, ROOT, TRUE_SIZES, Job, base_folder, pictures, run
 from dbadapter import toybox
+from dbadapter.cli.group import Command
 
 BASES = ("toybox", *TRUE_SIZES)
 SIDES: dict[str, list[str]] = {"adapter": [], "full": ["--full"]}
@@ -66,7 +66,7 @@ def estimate(arguments: Sequence[str], work: Path) -> dict[str, float]:
     words = [sys.executable, "-m", "dbadapter", *arguments, "--output-dir", str(work / "none"), "--dry-run"]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        raise click.ClickException((done.stderr.strip().splitlines() or ["dbadapter failed"])[-1])
+        raise click.ClickException(report.last_word(done.stderr, "dbadapter failed"))
     return read_estimate(done.stdout)
 
 
@@ -191,10 +191,10 @@ def job_for(name: str, work: Path, resolution: int | None, threads: int, *, quic
     )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--base", "base_names", multiple=True, type=click.Choice(BASES), help="[default: toybox]")
 @click.option("--tables", default=",".join(TABLES), show_default=True, help="Which jobs to measure.")
-@click.option("--resolution", type=click.IntRange(32), help="[default: sd15 256, on a GPU 512; sdxl 1024]")
+@click.option("--resolution", type=report.PIXELS, help="[default: sd15 256, on a GPU 512; sdxl 1024]")
 @click.option("--steps", default=10, show_default=True, type=click.IntRange(1), help="That count, in a run.")
 @click.option("--warmup", default=2, show_default=True, type=click.IntRange(1), help="Steps before them.")
 @click.option("--rounds", default=2, show_default=True, type=click.IntRange(1), help="Runs of each side.")
@@ -206,7 +206,7 @@ def job_for(name: str, work: Path, resolution: int | None, threads: int, *, quic
     help="Of both sides.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
-@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go.")
+@click.option("--json", "json_path", type=report.A_JSON, help="Where the figures go.")
 @click.option(
     "--work-dir",
     type=report.A_FOLDER,
@@ -228,13 +228,11 @@ def main(
     quick: bool,
 ) -> None:
     """Measure what an adapter takes beside full fine-tuning and print JSON."""
-    chosen = tables.split(",")
-    if unknown := [name for name in chosen if name not in TABLES]:
-        raise click.UsageError(f"unknown tables {', '.join(unknown)}; known: {', '.join(TABLES)}")
+    chosen = report.chosen(tables, TABLES, "tables")
     if quick:
         base_names, chosen, steps, warmup, rounds = base_names or ("sd15",), chosen[:1], 1, 1, 1
     work = work_dir.resolve()
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    threads = report.threads_of(threads)
     measured: dict[str, Any] = {}
     out = {"benchmark": "cost", "quick": quick, "threads": threads, "rounds": rounds, "steps": steps}
     out |= {"warmup": warmup, "bases": measured}

@@ -25,7 +25,7 @@ from benchmarks import report
 from benchmarks.gpu_parts import PARTS
 from benchmarks.training import check_script
 from benchmarks.training_runs import ROOT
-from dbadapter.cli.group import terminable
+from dbadapter.cli.group import Command
 
 __all__ = ["go_on", "measure", "run_part", "shares", "state_of"]
 
@@ -55,7 +55,8 @@ def run_part(name: str, settings: Mapping[str, Any], seconds: float) -> Record:
         settings: of `gpu_parts.Settings`, with `done`: cells by name.
         seconds: after which it and all that it started is ended.
     Returns:
-        `cells`, `left` (names of cells that are not done), `reason` (why, where the process was ended).
+        `cells`, `left` (names of cells that are not done; none is known where the process did not come to its
+        first), `reason` (why, where the process was ended).
     """
     work, until = Path(settings["work"]), time.monotonic() + seconds
     work.mkdir(parents=True, exist_ok=True)
@@ -192,7 +193,7 @@ def measure(
             record = {"cells": found["cells"], "left": found["left"], "reason": reason.splitlines()[0]}
         except BaseException:  # an interrupt: what the part's process had finished is kept
             found = _record(_place(name, settings), done)
-            rest = [*found["left"], found["running"] or "what came after"]
+            rest = [*found["left"], *([found["running"]] if found["running"] else [])]
             put(name, {"cells": found["cells"], "left": rest, "reason": "interrupted"}, at)
             raise
         put(name, record, at)
@@ -261,11 +262,14 @@ def _is_ours(found: Any) -> bool:
     if not isinstance(found["machine"].get("versions"), dict):
         return False
     return all(
-        isinstance(part, dict) and isinstance(part.get("cells"), dict) for part in found["parts"].values()
+        isinstance(part, dict)
+        and isinstance(part.get("cells"), dict)
+        and all(isinstance(cell, dict) for cell in part["cells"].values())
+        for part in found["parts"].values()
     )
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--parts", default=",".join(PARTS), show_default=True, help="Which, in this order.")
 @click.option(
     "--budget-seconds", "budget", default=540.0, show_default=True, type=report.SECONDS, help="Of all."
@@ -277,7 +281,7 @@ def _is_ours(found: Any) -> bool:
     help="diffusers' train_dreambooth_lora.py, to measure it too.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
-@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go; gone on with.")
+@click.option("--json", "json_path", type=report.A_JSON, help="Where the figures go; gone on with.")
 @click.option(
     "--work-dir",
     type=report.A_FOLDER,
@@ -297,16 +301,13 @@ def main(
     quick: bool,
 ) -> None:
     """Measure what a GPU makes of training and inference and print JSON."""
-    chosen = [name for name in parts.split(",") if name]
-    if not chosen or (unknown := [name for name in chosen if name not in PARTS]):
-        what = f"unknown parts {', '.join(unknown)}" if chosen else "--parts names none"
-        raise click.UsageError(f"{what}; known: {', '.join(PARTS)}")
+    chosen = report.chosen(parts, PARTS, "parts")
     if peer_script is not None:
         check_script(peer_script)
     tiny, machine = quick or not torch.cuda.is_available(), report.machine()
     if tiny and not quick:
         click.echo("no GPU here: tiny bases on the CPU, which measures nothing", err=True)
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    threads = report.threads_of(threads)
     out = {"benchmark": "gpu", "quick": tiny, "tiny": tiny, "threads": threads, "machine": machine}
     out |= go_on(json_path, tiny, machine, threads)
     settings = {
@@ -320,8 +321,7 @@ def main(
         if json_path is not None:
             report.save({**found, "command": report.command()}, json_path)
 
-    with terminable():
-        measure(out, chosen, settings, budget, keep)
+    measure(out, chosen, settings, budget, keep)
     report.write(out, json_path)
 
 

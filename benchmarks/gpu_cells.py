@@ -99,17 +99,17 @@ def do_cells(
         cells: in order of worth.
         done: cells of an earlier run, by name; they are kept.
         seconds: that are left.
-        record: a JSON file with `cells`, `left` and `running`.
+        record: a JSON file with `cells`, `running`, and `left`: what is neither done nor running.
     """
     began = clock()
     found: dict[str, Any] = {"cells": dict(done), "left": [], "running": None}
-    for cell in cells:
-        if cell.name in found["cells"] and not cell.again:
-            continue
+    plan = [cell for cell in cells if cell.again or cell.name not in done]
+    skipped: list[str] = []
+    for number, cell in enumerate(plan, 1):
         if seconds - (clock() - began) < cell.seconds:
-            found["left"].append(cell.name)
+            skipped.append(cell.name)
             continue
-        found["running"] = cell.name
+        found |= {"running": cell.name, "left": [*skipped, *(later.name for later in plan[number:])]}
         save(found, record)
         at = clock()
         try:
@@ -122,6 +122,7 @@ def do_cells(
         found["running"] = None
         free_memory()
         save(found, record)
+    found["left"] = skipped
     save(found, record)
     return found
 

@@ -16,6 +16,7 @@ import torch
 from benchmarks.gpu_cells import Cell, Settings, base_of, do_cells, one_line, seconds_of
 from benchmarks.gpu_inference import infer
 from benchmarks.gpu_training import train
+from benchmarks.report import last_word
 
 __all__ = ["PARTS"]
 
@@ -147,7 +148,7 @@ def commanded(words: list[str]) -> float:
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "dbadapter", *words], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"dbadapter {words[0]}: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+        raise RuntimeError(f"dbadapter {words[0]}: {last_word(done.stderr, 'no word')}")
     return round(time.perf_counter() - began, 2)
 
 

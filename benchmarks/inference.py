@@ -24,6 +24,7 @@ from benchmarks.inference_figures import bars, chart, figures, ratios, rounded
 from benchmarks.inference_gpu import GPU_VARIANTS
 from benchmarks.inference_variants import CPU_VARIANTS
 from dbadapter import toybox
+from dbadapter.cli.group import Command
 
 ROOT = Path(__file__).resolve().parent.parent
 BASES = ("toybox", "sd15")
@@ -228,7 +229,7 @@ def measure(plan: Plan, tables: Sequence[str], rounds: int | None, again: bool) 
     return out
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--base", "base_names", multiple=True, type=click.Choice(BASES), help="[default: toybox]")
 @click.option(
     "--tables",
@@ -240,8 +241,8 @@ def measure(plan: Plan, tables: Sequence[str], rounds: int | None, again: bool) 
 @click.option("--no-compile", is_flag=True, help="Leave torch.compile out.")
 @click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
 @click.option("--export-again", is_flag=True, help="Do not use exports of an earlier run.")
-@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go.")
-@click.option("--plot", "plot_path", type=report.A_FILE, help="A PNG with bars.")
+@click.option("--json", "json_path", type=report.A_JSON, help="Where the figures go.")
+@click.option("--plot", "plot_path", type=report.AN_IMAGE, help="A PNG with bars.")
 @click.option(
     "--work-dir",
     type=report.A_FOLDER,
@@ -262,13 +263,10 @@ def main(
     quick: bool,
 ) -> None:
     """Measure exported models beside torch's and print JSON."""
-    report.check_apart(json=json_path, plot=plot_path)
-    chosen = tables.split(",")
-    if unknown := [name for name in chosen if name not in TABLES]:
-        raise click.UsageError(f"unknown tables {', '.join(unknown)}; known: {', '.join(TABLES)}")
+    chosen = report.chosen(tables, TABLES, "tables")
     if plot_path is not None and "step" not in chosen:
         raise click.UsageError("--plot draws the table step: add step to --tables, or leave --plot out")
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    threads = report.threads_of(threads)
     measured = {}
     for name in base_names or BASES[:1]:
         plan = plan_for(
@@ -286,8 +284,7 @@ def main(
         json_path,
     )
     if plot_path is not None:
-        plot_path.parent.mkdir(parents=True, exist_ok=True)
-        chart(measured).save(plot_path)
+        report.save_image(chart(measured), plot_path)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from benchmarks.true_size import read_config, write_base
 from dbadapter import lora, toybox
 from dbadapter.adapter import Adapter, LoraWeights
 from dbadapter.adapter_file import read_adapter, write_adapter
+from dbadapter.cli.group import Command
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("sd1", "sdxl")
@@ -168,7 +169,7 @@ def error_of(output: Path, settings: dict[str, Any]) -> float:
     return worst
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--families",
     default=",".join(FAMILIES),
@@ -180,7 +181,7 @@ def error_of(output: Path, settings: dict[str, Any]) -> float:
 )
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of the exact merge.")
 @click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
-@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go.")
+@click.option("--json", "json_path", type=report.A_JSON, help="Where the figures go.")
 @click.option(
     "--work-dir",
     type=report.A_FOLDER,
@@ -198,12 +199,11 @@ def main(
     quick: bool,
 ) -> None:
     """Measure merging and baking beside PEFT's and diffusers' and print JSON."""
-    chosen, bases = (["toybox"], ["toybox"]) if quick else (families.split(","), baked.split(","))
-    chosen, bases = [name for name in chosen if name], [name for name in bases if name]
-    if unknown := [name for name in [*chosen, *bases] if name not in (*FAMILIES, "toybox")]:
-        raise click.UsageError(f"unknown families {', '.join(unknown)}; known: {', '.join(FAMILIES)}")
+    known = (*FAMILIES, "toybox")
+    chosen = ["toybox"] if quick else report.chosen(families, known, "families", none=True)
+    bases = ["toybox"] if quick else report.chosen(baked, known, "bake", none=True)
     rounds = 1 if quick else rounds
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    threads = report.threads_of(threads)
     work = work_dir.resolve()
     tables: dict[str, Any] = {"exact": {}, "rank": {}, "bake": {}}
     for family in chosen:

@@ -8,9 +8,9 @@ stopped and gone on with, and two processes may share the work (`--part 1/2`, `-
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -30,17 +30,26 @@ from benchmarks.quality_plan import (
     SETTINGS,
     SUBJECTS,
     Work,
-    given,
     part_of,
     recipe,
     share,
     works,
 )
 from benchmarks.quality_plot import pareto
-from benchmarks.quality_runs import best_rates, fresh, main_precision
+from benchmarks.quality_runs import SCORES, best_rates, fresh, main_precision
 from benchmarks.quality_table import ENOUGH
-from benchmarks.toybox_runs import Bench, append, complain, finished, read_runs, sheet, train
+from benchmarks.toybox_runs import (
+    Bench,
+    attempt,
+    check_log,
+    complain,
+    finished,
+    read_runs,
+    sheet,
+    train,
+)
 from dbadapter.base import pick_device, pick_precision
+from dbadapter.cli.group import Command
 from dbadapter.errors import DbadapterError
 
 RUNS = Path("benchmarks/results/quality.jsonl")
@@ -48,19 +57,14 @@ PATIENCE = 3600.0  # seconds without a run, of which one takes minutes
 
 
 def run(bench: Bench, work: Work) -> dict[str, Any]:
-    """Train and score; return the line of the run."""
-    folder, evaluator, before = bench.subject(work.subject)
-    precision, quick = PRECISIONS[work.precision], work.quick
-    output = bench.work / work.subject.name / f"{work.method}-{work.seed}-{work.rate:g}-{precision}"
-    rates = ("--learning-rate", str(work.rate), "--text-encoder-learning-rate", str(work.rate))
-    options = ["--seed", str(work.seed), *rates, "--mixed-precision", work.precision]
-    options += ["--checkpointing-steps", "0", *METHODS[work.method].options]
-    options += ["--max-train-steps", "2", "--num-class-images", "2"] if quick else []
-    cost = train(folder, output, work.subject.noun, options)
-    made = output / ("model" if METHODS[work.method].full else "subject.safetensors")
-    scores, figures = bench.score(work.subject, made)
-    sheet(evaluator, before, {work.method: scores}, output.with_name(f"{output.name}.png"))
-    shutil.rmtree(output)  # a whole model a run fills a disk
+    """Train and score; return the run's line. A rate of the search that diverges counts as the worst."""
+    try:
+        found = trained(bench, work)
+    except (DbadapterError, click.ClickException) as error:
+        if work.stage != "search" or "not finite" not in str(error):
+            raise
+        click.echo(f"{work.key}: {error}", err=True)
+        found = {"diverged": str(error), **dict.fromkeys(SCORES, 0.0)}
     return {
         "key": work.key,
         "stage": work.stage,
@@ -68,15 +72,35 @@ def run(bench: Bench, work: Work) -> dict[str, Any]:
         "subject": work.subject.name,
         "seed": work.seed,
         "rate": work.rate,
-        "precision": precision,
-        "quick": quick,
-        "recipe": recipe(work.method, quick=quick),
-        "guidance_scale": evaluator.settings.guidance_scale,
-        **figures,
-        **asdict(cost),
+        "precision": PRECISIONS[work.precision],
+        "quick": work.quick,
+        "recipe": recipe(work.method, quick=work.quick),
+        **found,
         "threads": torch.get_num_threads(),
         "machine": report.machine(),
     }
+
+
+def trained(bench: Bench, work: Work) -> dict[str, Any]:
+    """Train and score; return the figures, and what it took.
+
+    Raises:
+        ClickException: training failed.
+        BaseError: the pictures are not finite.
+    """
+    folder, evaluator, before = bench.subject(work.subject)
+    precision = PRECISIONS[work.precision]
+    output = bench.work / work.subject.name / f"{work.method}-{work.seed}-{work.rate:g}-{precision}"
+    rates = ("--learning-rate", str(work.rate), "--text-encoder-learning-rate", str(work.rate))
+    options = ["--seed", str(work.seed), *rates, "--mixed-precision", work.precision]
+    options += ["--checkpointing-steps", "0", *METHODS[work.method].options]
+    options += ["--max-train-steps", "2", "--num-class-images", "2"] if work.quick else []
+    cost = train(folder, output, work.subject.noun, options)
+    made = output / ("model" if METHODS[work.method].full else "subject.safetensors")
+    scores, figures = bench.score(work.subject, made)
+    sheet(evaluator, before, {work.method: scores}, output.with_name(f"{output.name}.png"))
+    shutil.rmtree(output)  # a whole model a run fills a disk
+    return {"guidance_scale": evaluator.settings.guidance_scale, **figures, **asdict(cost)}
 
 
 def _done(work: Work, path: Path, *, in_any: bool) -> bool:
@@ -111,10 +135,10 @@ def _wait_for_search(path: Path, methods: Sequence[str], seconds: float, *, quic
         time.sleep(5)
 
 
-@click.command()
-@click.option("--json", "json_path", type=report.A_FILE, help="Where the summary goes.")
-@click.option("--plot", "plot_path", type=report.A_FILE, help="Fidelity against forgetting, as PNG.")
-@click.option("--runs", "runs_path", type=report.A_FILE, default=RUNS, show_default=True,
+@click.command(cls=Command)
+@click.option("--json", "json_path", type=report.A_JSON, help="Where the summary goes.")
+@click.option("--plot", "plot_path", type=report.AN_IMAGE, help="Fidelity against forgetting, as PNG.")
+@click.option("--runs", "runs_path", type=report.A_LOG, default=RUNS, show_default=True,
               help="Finished runs, one a line; they are not run again.")  # fmt: skip
 @click.option("--work-dir", type=report.A_FOLDER, help="Keeps a sheet of each run.  [temporary]")
 @click.option("--stage", type=click.Choice(("search", "compare", "summary")),
@@ -149,17 +173,15 @@ def main(
 ) -> None:
     """Compare methods on toybox and print JSON."""
     process = part_of(part)
-    report.check_apart(json=json_path, plot=plot_path, runs=runs_path)
     if quick and runs_path.resolve() == RUNS.resolve():
         raise click.UsageError("--quick would put its lines beside the real ones: pass --runs as well")
-    if plot_path is not None and plot_path.suffix.lower() != ".png":
-        raise click.UsageError(f"--plot must end in .png, got {plot_path.name}")
-    wanted = given(methods, METHODS, "methods")
+    check_log(runs_path)
+    wanted = report.chosen(methods, METHODS, "methods")
     if quick:
         wanted = [method for method in wanted if method in ("adapter", "full")]
         if not wanted:
             raise click.UsageError("--quick runs adapter and full alone: name one of them in --methods")
-    chosen = given(seeds, [str(seed) for seed in SEEDS], "seeds")
+    chosen = report.chosen(seeds, [str(seed) for seed in SEEDS], "seeds")
     precision = pick_precision(pick_device(), mixed_precision)
     label = PRECISIONS[precision]
     there = fresh(read_runs(runs_path), quick=quick)
@@ -172,6 +194,7 @@ def main(
     start = time.perf_counter()
     made: Bench | None = None
     failed: list[str] = []
+    unsearched: list[str] = []
     for name in ("search", "compare") if stage is None else (stage,):
         if name == "summary":
             break
@@ -183,6 +206,7 @@ def main(
         work_list = list(works(name, rates, precision, wanted))
         if name == "compare":  # the search has one seed
             work_list = [work for work in work_list if str(work.seed) in chosen]
+            unsearched = [method for method in wanted if method not in rates]
         if quick:
             work_list = [replace(work, quick=True) for work in work_list if work.seed == 0]
             work_list = [w for w in work_list if w.stage == "search" or w.subject == SUBJECTS[0]]
@@ -195,17 +219,15 @@ def main(
             if time.perf_counter() - start > seconds:
                 break
             if made is None:
-                folder = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-quality-"))
+                folder = report.work_folder(work_dir, "quality")
                 made = Bench(folder, QUICK if quick else SETTINGS)
-            try:
-                found = run(made, work)
-            except (DbadapterError, click.ClickException) as error:  # the others may go well
-                click.echo(f"{work.key}: {error}", err=True)
+            found = attempt(work.key, runs_path, functools.partial(run, made, work))
+            if found is None:
                 failed.append(work.key)
                 continue
-            append(runs_path, found)
-            click.echo(f"{work.key}: score {found['score']:.3f}, {found['seconds']:.0f} s", err=True)
-    runs = finished(runs_path, lambda lines: fresh(lines, quick=quick), failed)
+            took = f", {found['seconds']:.0f} s" if "seconds" in found else ""
+            click.echo(f"{work.key}: score {found['score']:.3f}{took}", err=True)
+    runs = finished(runs_path, lambda lines: fresh(lines, quick=quick), failed, unsearched)
     figures = summary(runs, quick=quick)
     shown = {name: of for name, of in figures["methods"].items() if quick or of["subjects"] >= ENOUGH}
     shown |= {
@@ -215,9 +237,8 @@ def main(
     }
     report.write({"benchmark": "quality", "quick": quick, **figures, **report.of_runs(runs)}, json_path)
     if plot_path is not None and shown:
-        plot_path.parent.mkdir(parents=True, exist_ok=True)
-        pareto(shown).save(plot_path)
-    complain(failed)
+        report.save_image(pareto(shown), plot_path)
+    complain(failed, unsearched)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,15 @@ from torch import Tensor
 
 from benchmarks.quality_plan import METHODS, SEARCHED, SETTINGS, SUBJECTS
 from benchmarks.quality_runs import (
+    COSTS,
     DEFAULT,
+    FIGURES,
     FULL,
     Run,
     best_rates,
     forgotten,
     fresh,
+    has,
     main_precision,
     mean,
     search,
@@ -53,31 +56,6 @@ OF_PICTURES = frozenset(
 )
 PICTURES = SETTINGS.num_class_images  # as many as of the subject, and of other things
 
-#: That a precision changes, and the processor.
-COSTS = frozenset({"cpu_seconds", "peak_memory_mb"})
-
-FIGURES = (
-    "subject_fidelity",
-    "likeness",
-    "prompt_fidelity",
-    "context_agreement",
-    "noun_agreement",
-    "prior_preservation",
-    "class_kept",
-    "diversity",
-    "class_spread",
-    "class_fidelity",
-    "class_obedience",
-    "forgotten",
-    "drift",
-    "unrelated_fidelity",
-    "score",
-    "nearest_photograph",
-    "cpu_seconds",
-    "peak_memory_mb",
-    "bytes",
-)
-
 
 def _one_each(runs: Sequence[Run], main: str | None) -> list[Run]:
     """Return one run of each method, rate, subject and seed: that in the main precision if there is one."""
@@ -85,6 +63,28 @@ def _one_each(runs: Sequence[Run], main: str | None) -> list[Run]:
     for run in sorted(runs, key=lambda run: run["precision"] != main):
         found.setdefault(_what(run), run)
     return list(found.values())
+
+
+def _with_costs(runs: Sequence[Run], main: str | None) -> list[Run]:
+    """Return runs whose seconds and memory are of the main precision, or which have none.
+
+    A run that has none there takes those of the same method, subject and seed at another rate: the rate is no
+    matter of either.
+    """
+    costs: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for run in runs:
+        if run["precision"] == main and run.keys() >= COSTS:
+            costs.setdefault(_whose(run), {name: run[name] for name in COSTS})
+    found = []
+    for run in runs:
+        own = run["precision"] == main and run.keys() >= COSTS
+        rest = {name: value for name, value in run.items() if own or name not in COSTS}
+        found.append(rest if own else rest | costs.get(_whose(run), {}))
+    return found
+
+
+def _whose(run: Run) -> tuple[str, str, int]:
+    return run["method"], run["subject"], run["seed"]
 
 
 def _what(run: Run, *more: str) -> tuple[Any, ...]:
@@ -97,7 +97,7 @@ def _value(run: Run, figure: str) -> float:
 
 def table(runs: Sequence[Run], method: str, figure: str) -> Tensor:
     """Return a method's figure, shape (subjects, seeds): the seeds that every subject has."""
-    found = _shared([run for run in runs if run["method"] == method])
+    found = _shared([run for run in runs if run["method"] == method and has(run, figure)])
     rows = {(run["subject"], run["seed"]): _value(run, figure) for run in found}
     subjects, seeds = sorted({subject for subject, _ in rows}), sorted({seed for _, seed in rows})
     values = [[rows[subject, seed] for seed in seeds] for subject in subjects]
@@ -117,22 +117,22 @@ def summary(runs: Sequence[Run], *, quick: bool = False) -> dict[str, Any]:
     """Return the search, means with intervals over subjects, and differences from both main methods.
 
     A run counts in the main precision where it was made in it, else in the other, which moves next to nothing
-    (`apart`); seconds and memory are of the main precision alone.
+    (`apart`); seconds and memory are of the main precision alone, whatever the rate.
     """
     methods: dict[str, Any] = {}
     everything = fresh(runs, quick=quick)
     best, precision = best_rates(everything), main_precision(everything)
     compared = [run for run in everything if run["stage"] == "compare"]
-    counted = _one_each(compared, precision)
+    counted = _with_costs(_one_each(compared, precision), precision)
     # A search that went on may have found another rate: runs at the one before it are told apart.
     runs = [run for run in counted if run["rate"] == best.get(run["method"])]
     elsewhere = [run for run in counted if run["rate"] != best.get(run["method"])]
     for name, method in METHODS.items():
-        if not (figures := _figures(runs, name, precision)):
+        if not (figures := _figures(runs, name)):
             continue
         methods[name] = {"about": method.about, "options": list(method.options), **figures}
         for other in (DEFAULT, FULL):
-            if name != other and (pairs := _pairs(runs, name, other, precision)):
+            if name != other and (pairs := _pairs(runs, name, other)):
                 methods[name][f"minus_{other}"] = pairs
     # Of the base each subject counts once, however many runs it has.
     first_of = list({run["subject"]: run for run in runs if run["precision"] == precision}.values())
@@ -149,29 +149,24 @@ def summary(runs: Sequence[Run], *, quick: bool = False) -> dict[str, Any]:
             name for name, rate in best.items() if rate in (min(SEARCHED[name]), max(SEARCHED[name]))
         ],
         "methods": methods,
-        "other_rates": _other_rates(elsewhere, runs, precision),
+        "other_rates": _other_rates(elsewhere, runs),
         "precision": precision,
         "other_precisions": {
             other: _in_other_precision([run for run in compared if run["precision"] == other], runs)
             for other in sorted({run["precision"] for run in everything} - {precision})
         },
         "apart": {name: _apart(compared, name) for name in ("precision", "seed")},
-        "targets": _targets(runs, elsewhere, precision),
+        "targets": _targets(runs, elsewhere),
     }
 
 
-def _figures(runs: Sequence[Run], method: str, main: str | None) -> dict[str, Any]:
-    """Return a method's means with intervals, of runs at one rate; nothing if there are none.
-
-    Args:
-        main: the precision that seconds and memory are of; None: of any.
-    """
+def _figures(runs: Sequence[Run], method: str) -> dict[str, Any]:
+    """Return a method's means with intervals, of runs at one rate; nothing if there are none."""
     first = table(runs, method, "score")
     if not first.numel():
         return {}
     of_it = [run for run in runs if run["method"] == method]
-    in_main = [run for run in of_it if main in (None, run["precision"])]
-    values = {figure: table(in_main if figure in COSTS else of_it, method, figure) for figure in FIGURES}
+    values = {figure: table(of_it, method, figure) for figure in FIGURES}
     return {
         "learning_rate": of_it[0]["rate"],
         "subjects": first.shape[0],
@@ -186,25 +181,24 @@ def _figures(runs: Sequence[Run], method: str, main: str | None) -> dict[str, An
     }
 
 
-def _other_rates(others: Sequence[Run], runs: Sequence[Run], precision: str | None) -> list[dict[str, Any]]:
+def _other_rates(others: Sequence[Run], runs: Sequence[Run]) -> list[dict[str, Any]]:
     """Return what methods reached at rates that their search did not choose, where runs were made there.
 
     Args:
         others: at such rates.
         runs: of all methods at their own, for the differences.
-        precision: the main one.
     """
     found = []
     for name in METHODS:
         for rate in sorted({run["rate"] for run in others if run["method"] == name}):
             there = [run for run in others if (run["method"], run["rate"]) == (name, rate)]
-            about = {"method": name, **_figures(there, name, precision)}
+            about = {"method": name, **_figures(there, name)}
             renamed = [{**run, "method": "there"} for run in there]
             for other in (DEFAULT, FULL):
-                if pairs := _pairs([*renamed, *runs], "there", other, precision):
+                if pairs := _pairs([*renamed, *runs], "there", other):
                     about[f"minus_{other}"] = pairs
-            if pairs := _pairs([*renamed, *runs], "there", name, precision):
-                about["minus_own_rate"] = pairs
+            if pairs := _pairs([*renamed, *runs], "there", name):
+                about["minus_own_rate"] = {name: of for name, of in pairs.items() if name not in COSTS}
             found.append(about)
     return found
 
@@ -220,13 +214,13 @@ def _in_other_precision(runs: Sequence[Run], counted: Sequence[Run]) -> dict[str
     both = [run for run in runs if _what(run) in of_main]
     found: dict[str, Any] = {}
     for name in METHODS:
-        if not (figures := _figures(both, name, None)):
+        if not (figures := _figures(both, name)):
             continue
         found[name] = figures
-        if name != DEFAULT and (pairs := _pairs(both, name, DEFAULT, None)):
+        if name != DEFAULT and (pairs := _pairs(both, name, DEFAULT)):
             found[name][f"minus_{DEFAULT}"] = pairs
         same = [{**run, "method": "the same"} for run in of_main.values() if run["method"] == name]
-        found[name]["minus_main_precision"] = _pairs([*both, *same], name, "the same", None)
+        found[name]["minus_main_precision"] = _pairs([*both, *same], name, "the same")
     return found
 
 
@@ -253,15 +247,11 @@ def _apart(runs: Sequence[Run], what: str) -> dict[str, Any]:
     return found
 
 
-def _pairs(runs: Sequence[Run], name: str, against: str, main: str | None) -> dict[str, Any]:
-    """Return the differences from another method, of subjects' means over the seeds that both have.
-
-    Args:
-        main: the precision that seconds and memory are of; None: of any.
-    """
+def _pairs(runs: Sequence[Run], name: str, against: str) -> dict[str, Any]:
+    """Return the differences from another method, of subjects' means over the seeds that both have."""
     found = {}
     for figure in FIGURES:
-        of_figure = [run for run in runs if main in (None, run["precision"])] if figure in COSTS else runs
+        of_figure = [run for run in runs if has(run, figure)]
         both = _done(of_figure, name) & _done(of_figure, against)
         shared = [run for run in of_figure if (run["subject"], run["seed"]) in both]
         one, other = table(shared, name, figure), table(shared, against, figure)
@@ -270,14 +260,13 @@ def _pairs(runs: Sequence[Run], name: str, against: str, main: str | None) -> di
     return found
 
 
-def _targets(runs: Sequence[Run], others: Sequence[Run], main: str | None) -> dict[str, Any]:
+def _targets(runs: Sequence[Run], others: Sequence[Run]) -> dict[str, Any]:
     """Return what was to be reached, and whether it was, over the subjects and seeds that both sides have.
 
     Args:
         runs: at every method's own rate.
         others: at other rates; without a prior those at the defaults' rate count first, because its own is
             one at which little is learned.
-        main: the precision that memory is of.
     """
     ours, full, bare = DEFAULT, FULL, "adapter-no-prior"
     shared = _done(runs, ours) & _done(runs, full)
@@ -312,7 +301,7 @@ def _targets(runs: Sequence[Run], others: Sequence[Run], main: str | None) -> di
             "ratio": round(of(full, "bytes") / of(ours, "bytes"), 1),
             "met": of(full, "bytes") >= 50 * of(ours, "bytes"),
         },
-        "memory_below_full": _memory([run for run in runs if run["precision"] == main], ours, full),
+        "memory_below_full": _memory([run for run in runs if has(run, "peak_memory_mb")], ours, full),
     }
 
 

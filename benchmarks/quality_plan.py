@@ -27,7 +27,6 @@ __all__ = [
     "SUBJECTS",
     "Method",
     "Work",
-    "given",
     "part_of",
     "recipe",
     "share",
@@ -188,22 +187,6 @@ def part_of(text: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
-def given(text: str | None, known: Collection[str], what: str) -> list[str]:
-    """Return the words of a comma-separated option, all that are known where it is not given.
-
-    Raises:
-        UsageError: one of them is unknown, or there is none.
-    """
-    if text is None:
-        return list(known)
-    words = text.split(",")
-    if unknown := [word for word in words if word not in known]:
-        raise click.UsageError(
-            f"unknown {what} {', '.join(unknown) or repr(text)}; known: {', '.join(known)}"
-        )
-    return words
-
-
 def share(subjects: Sequence[Subject], part: tuple[int, int]) -> list[Subject]:
     """Return the subjects of one process: they are shared whole, so that each one's base is scored once."""
     number, parts = part
@@ -218,11 +201,9 @@ def works(
     Args:
         stage: "search", or "compare": the main methods with the first seed, the others with it, then the main
             ones' other seeds, then the rest; one subject after the other, so that methods stay comparable.
-        rates: method -> its best rate; for "compare".
+        rates: method -> its best rate; a method that has none is not compared.
         precision: of all of them.
         methods: only these.
-    Raises:
-        ClickException: a method's rate was not searched yet.
     """
     if stage == "search":
         for name, tried in SEARCHED.items():
@@ -236,10 +217,6 @@ def works(
     rest = [name for name in METHODS if name not in main]
     for names, seeds in ((main, (first,)), (rest, (first,)), (main, others), (rest, others)):
         for seed in seeds:
-            for subject, name in product(SUBJECTS, (name for name in names if name in methods)):
-                if name not in rates:
-                    raise click.ClickException(
-                        f"the search of {name}'s rate is not complete: run --stage search "
-                        f"--methods {name} first, or wait for the other --part"
-                    )
+            searched = [name for name in names if name in methods and name in rates]
+            for subject, name in product(SUBJECTS, searched):
                 yield Work(stage, name, subject, seed, rates[name], precision)

@@ -7,18 +7,55 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.quality_plan import METHODS, SEARCH_SUBJECTS, SEARCHED, recipe
+from benchmarks.report import is_number
 
-__all__ = ["DEFAULT", "FULL", "Run", "best_rates", "forgotten", "fresh", "main_precision", "mean", "search"]
+__all__ = [
+    "COSTS",
+    "DEFAULT",
+    "FIGURES",
+    "FULL",
+    "SCORES",
+    "Run",
+    "best_rates",
+    "forgotten",
+    "fresh",
+    "has",
+    "main_precision",
+    "mean",
+    "search",
+]
 
 Run = Mapping[str, Any]
 DEFAULT, FULL = "adapter", "full"
-#: Without which a line is no run.
-_NEEDED = frozenset(
-    {
-        *("stage", "method", "subject", "seed", "rate", "precision", "recipe"),
-        *("score", "likeness", "class_kept", "class_spread", "class_obedience"),
-    }
+FIGURES = (
+    "subject_fidelity",
+    "likeness",
+    "prompt_fidelity",
+    "context_agreement",
+    "noun_agreement",
+    "prior_preservation",
+    "class_kept",
+    "diversity",
+    "class_spread",
+    "class_fidelity",
+    "class_obedience",
+    "forgotten",
+    "drift",
+    "unrelated_fidelity",
+    "score",
+    "nearest_photograph",
+    "cpu_seconds",
+    "peak_memory_mb",
+    "bytes",
 )
+#: That a precision changes, and the processor.
+COSTS = frozenset({"cpu_seconds", "peak_memory_mb"})
+#: Without which a line is no run.
+_WORDS = ("stage", "method", "subject", "precision", "recipe")
+#: What a search looks at; 0 is the worst of each.
+SCORES = ("score", "likeness", "class_kept", "class_spread", "class_obedience")
+#: What a comparison needs beside; seconds and memory may be missing.
+_COMPARED = tuple(name for name in FIGURES if name != "forgotten" and name not in COSTS)
 
 
 def fresh(runs: Sequence[Run], *, quick: bool = False) -> list[Run]:
@@ -29,9 +66,31 @@ def fresh(runs: Sequence[Run], *, quick: bool = False) -> list[Run]:
         quick: those of `--quick` alone, which measure nothing; else none of them.
     """
     recipes = {method: recipe(method, quick=quick) for method in METHODS}
-    whole = [run for run in runs if run.keys() >= _NEEDED and run.get("quick") is quick]
-    made_now = list(recipes.items())  # a list: what a damaged line has for a method may have no hash
-    return [run for run in whole if (run["method"], run["recipe"]) in made_now]
+    whole = [run for run in runs if _is_whole(run) and run.get("quick") is quick]
+    return [run for run in whole if recipes.get(run["method"]) == run["recipe"]]
+
+
+def _is_whole(run: Run) -> bool:
+    """Return whether a line read from a file has what a run has, in its kind."""
+    if not all(isinstance(run.get(name), str) for name in _WORDS):
+        return False
+    if not all(is_number(run.get(name)) for name in ("seed", "rate", *SCORES)):
+        return False
+    if any(name in run and not is_number(run[name]) for name in (*FIGURES, *COSTS)):
+        return False
+    if run["stage"] != "compare":
+        return True
+    before = run.get("before")
+    return (
+        all(is_number(run.get(name)) for name in (*_COMPARED, "ceiling"))
+        and isinstance(before, dict)
+        and all(is_number(value) for value in before.values())
+    )
+
+
+def has(run: Run, figure: str) -> bool:
+    """Return whether a run that counts tells a figure: some have no seconds and no memory."""
+    return figure == "forgotten" or figure in run
 
 
 def search(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:

@@ -2,37 +2,75 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import itertools
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from PIL import Image
 
-__all__ = ["A_FILE", "A_FOLDER", "SECONDS", "check_apart", "command", "machine", "of_runs", "save", "write"]
+__all__ = [
+    "AN_IMAGE",
+    "A_FOLDER",
+    "A_JSON",
+    "A_LOG",
+    "PIXELS",
+    "SECONDS",
+    "chosen",
+    "command",
+    "is_number",
+    "last_word",
+    "machine",
+    "of_runs",
+    "save",
+    "save_image",
+    "threads_of",
+    "work_folder",
+    "write",
+]
 
 
 class _Place(click.Path):
-    """Where something will be written, which is tried before the first run and not after the last."""
+    """Where something will be written, which is tried before the first run and not after the last.
+
+    Args:
+        suffix: that the name must have, so that no file of another kind is replaced.
+        appended: what is there stays, and is written to.
+    """
+
+    def __init__(self, suffix: str = "", *, appended: bool = False, **more: Any) -> None:
+        super().__init__(path_type=Path, **more)
+        self.suffix, self.appended = suffix, appended
 
     def convert(
         self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
     ) -> Path:
+        if not os.fspath(value):
+            self.fail("nothing is no name", param, ctx)
         path = Path(os.fspath(super().convert(value, param, ctx)))
         if not self.dir_okay and os.fspath(value).endswith(tuple(filter(None, (os.sep, os.altsep)))):
             self.fail(f"{value} ends as a folder does: give the name of a file", param, ctx)
         if not self.dir_okay and os.path.lexists(path) and not path.is_file():
             self.fail(f"{path} is a device or a broken link: give the name of a file", param, ctx)
+        if self.suffix and path.suffix.lower() != self.suffix:
+            self.fail(f"{path} must end in {self.suffix}", param, ctx)
+        if self.appended and path.exists():
+            try:
+                path.open("ab").close()
+            except OSError as error:
+                self.fail(f"{path}: nothing can be added to it ({error.strerror})", param, ctx)
         folder = path if self.dir_okay else path.parent
         while not os.path.lexists(folder) and folder != folder.parent:
             folder = folder.parent
@@ -53,9 +91,22 @@ class _Seconds(click.FloatRange):
         return seconds
 
 
+class _Pixels(click.IntRange):
+    """A side of a picture: the autoencoders make a cell of eight pixels."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        pixels = int(super().convert(value, param, ctx))
+        if pixels % 8:
+            self.fail(f"must be a multiple of 8, got {pixels}", param, ctx)
+        return pixels
+
+
 #: Types of the commands' options.
-A_FILE = _Place(dir_okay=False, path_type=Path)
-A_FOLDER = _Place(file_okay=False, path_type=Path)
+A_JSON = _Place(".json", dir_okay=False)
+A_LOG = _Place(".jsonl", dir_okay=False, appended=True)
+AN_IMAGE = _Place(".png", dir_okay=False)
+A_FOLDER = _Place(file_okay=False)
+PIXELS = _Pixels(64)
 SECONDS = _Seconds(0)
 #: That decide which kernels torch takes, and whether bfloat16 is multiplied in hardware.
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
@@ -125,44 +176,102 @@ def of_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Args:
         runs: lines of a benchmark's file; nothing comes back where none tells a machine.
     Returns:
-        `machine`: the last one's, with every processor, the last `date`, and the first as `since`; `threads`,
-        where it was one number.
+        `machine`: the last one's, with every processor, the `instructions` that any of them has, the last
+        `date`, and the first as `since`; `threads`, where it was one number.
     """
-    told = sorted((run["machine"] for run in runs if "machine" in run), key=lambda about: str(about["date"]))
+    told = [run["machine"] for run in runs if _is_machine(run.get("machine"))]
     if not told:
         return {}
+    told.sort(key=lambda about: str(about["date"]))
     processors = " and ".join(sorted({about["processor"] for about in told}))
-    found: dict[str, Any] = {"machine": {**told[-1], "processor": processors, "since": told[0]["date"]}}
-    threads = {run.get("threads") for run in runs}
-    return found | ({"threads": threads.pop()} if len(threads) == 1 and None not in threads else {})
+    found: dict[str, Any] = {**told[-1], "processor": processors, "since": told[0]["date"]}
+    if any("instructions" in about for about in told):
+        had = {str(name) for about in told for name in about.get("instructions", ())}
+        found["instructions"] = [name for name in _INSTRUCTIONS if name in had]
+    threads = [run.get("threads") for run in runs]
+    same = isinstance(threads[0], int) and all(number == threads[0] for number in threads)
+    return {"machine": found} | ({"threads": threads[0]} if same else {})
 
 
-def check_apart(**places: Path | None) -> None:
-    """Pass if the files of a command's options are different ones.
+def _is_machine(found: Any) -> bool:
+    """Return whether something read from a file is what `machine` returned once."""
+    return isinstance(found, dict) and all(isinstance(found.get(name), str) for name in ("date", "processor"))
+
+
+def is_number(value: Any) -> bool:
+    """Return whether something read from a file can be counted with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def chosen(text: str | None, known: Collection[str], option: str, *, none: bool = False) -> list[str]:
+    """Return the words of a comma-separated option, all that are known where it is not given.
 
     Args:
-        places: name of an option -> its file; None where it is not given.
+        option: its name, without the dashes.
+        none: nothing at all may be asked for.
     Raises:
-        UsageError: two are one, of which the later written would replace the other.
+        UsageError: one of them is unknown, or there is none.
     """
-    given = [(name, path.resolve()) for name, path in places.items() if path is not None]
-    for (one, path), (other, same) in itertools.combinations(given, 2):
-        if path == same:
-            raise click.UsageError(f"--{one} and --{other} are both {places[one]}: give each its own name")
+    if text is None:
+        return list(known)
+    words = [word for word in text.split(",") if word]
+    unknown = [word for word in words if word not in known]
+    if unknown or not (words or none):
+        what = f"unknown {option} {', '.join(unknown)}" if unknown else f"--{option} names none"
+        raise click.UsageError(f"{what}; known: {', '.join(known)}")
+    return words
+
+
+def threads_of(given: int | None) -> int:
+    """Return the threads of each process: those asked for, OpenMP's own setting, or the machine's cores."""
+    # OpenMP takes a list too, a number for each level of nesting.
+    told = re.match(r"[1-9]\d*", os.environ.get("OMP_NUM_THREADS", "").strip())
+    return given or (int(told[0]) if told else os.cpu_count() or 1)
+
+
+def work_folder(given: Path | None, name: str) -> Path:
+    """Return the folder that was given, or a temporary one that goes when the command ends."""
+    if given is not None:
+        return given
+    made = tempfile.TemporaryDirectory(prefix=f"benchmark-{name}-", ignore_cleanup_errors=True)
+    click.get_current_context().call_on_close(made.cleanup)
+    return Path(made.name)
+
+
+def last_word(said: str, otherwise: str) -> str:
+    """Return the last line of what a command said on standard error, which is its reason."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return lines[-1].removeprefix("Error: ") if lines else otherwise
 
 
 def save(figures: dict[str, Any], path: Path) -> None:
     """Write figures as JSON under a temporary name, and rename it.
 
     Raises:
-        ClickException: it cannot be written.
+        ClickException: it cannot be written; what was there stays.
     """
-    half_written = path.with_name(f".{path.name}.tmp")
+    text = json.dumps(figures, indent=2) + "\n"
+    _replace(path, lambda half_written: half_written.write_text(text, encoding="utf-8"))
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write an image under a temporary name, and rename it.
+
+    Raises:
+        ClickException: it cannot be written; what was there stays.
+    """
+    _replace(path, image.save)
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    half_written = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        half_written.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        write(half_written)
         half_written.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            half_written.unlink(missing_ok=True)
         raise click.ClickException(f"{path} cannot be written ({error.strerror})") from error
 
 

@@ -9,11 +9,11 @@ the six test places are among the ten that the choice saw). Finished runs are li
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import shutil
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -26,10 +26,20 @@ import torch
 from benchmarks import quality_plan, report
 from benchmarks.quality_figures import difference_of
 from benchmarks.quality_plan import PRECISIONS, QUICK, SETTINGS, SUBJECTS, part_of, share
-from benchmarks.toybox_runs import FIGURES, Bench, append, complain, finished, read_runs, sheet, train
+from benchmarks.toybox_runs import (
+    FIGURES,
+    Bench,
+    attempt,
+    check_log,
+    complain,
+    finished,
+    read_runs,
+    sheet,
+    train,
+)
 from dbadapter.adapter_file import read_adapter
 from dbadapter.base import pick_device, pick_precision
-from dbadapter.errors import DbadapterError
+from dbadapter.cli.group import Command
 from dbadapter.selection import FIRST, PATIENCE
 from dbadapter.toybox.subjects import Subject
 
@@ -39,7 +49,7 @@ KINDS = {
     "default": (),
 }
 COMPARED = ("score", "likeness", "obedience", "class_kept", "class_spread", "class_obedience", *FIGURES)
-_NEEDED = {"key", "kind", "subject", "precision", "recipe", "best", "last"}  # without which a line is no run
+_NUMBERS = (*COMPARED, "step", "seconds", "cpu_seconds")  # of either side
 
 
 def run(bench: Bench, kind: str, subject: Subject, *, quick: bool) -> dict[str, Any]:
@@ -85,8 +95,19 @@ def recipe(kind: str, *, quick: bool = False) -> str:
 def fresh(runs: Sequence[dict[str, Any]], *, quick: bool = False) -> list[dict[str, Any]]:
     """Return the runs that were made as their kind's are made now."""
     recipes = {kind: recipe(kind, quick=quick) for kind in KINDS}
-    whole = [run for run in runs if run.keys() >= _NEEDED and run.get("quick") is quick]
-    return [run for run in whole if (run["kind"], run["recipe"]) in list(recipes.items())]
+    whole = [run for run in runs if _is_whole(run) and run.get("quick") is quick]
+    return [run for run in whole if recipes.get(run["kind"]) == run["recipe"]]
+
+
+def _is_whole(run: dict[str, Any]) -> bool:
+    """Return whether a line read from a file has what a run has, in its kind."""
+    if not all(isinstance(run.get(name), str) for name in ("key", "kind", "subject", "precision", "recipe")):
+        return False
+    sides = [run.get(select) for select in ("best", "last")]
+    return all(
+        isinstance(side, dict) and all(report.is_number(side.get(name)) for name in _NUMBERS)
+        for side in sides
+    )
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -104,10 +125,7 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             "subjects": len(rows),
             "precisions": sorted({row["precision"] for row in rows}),
             **{
-                select: {
-                    name: round(float(of(select, name).mean()), 4)
-                    for name in (*COMPARED, "step", "seconds", "cpu_seconds")
-                }
+                select: {name: round(float(of(select, name).mean()), 4) for name in _NUMBERS}
                 for select in ("best", "last")
             },
             "best_minus_last": {
@@ -117,9 +135,9 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found
 
 
-@click.command()
-@click.option("--json", "json_path", type=report.A_FILE, help="Where the summary goes.")
-@click.option("--runs", "runs_path", type=report.A_FILE, default=RUNS, show_default=True,
+@click.command(cls=Command)
+@click.option("--json", "json_path", type=report.A_JSON, help="Where the summary goes.")
+@click.option("--runs", "runs_path", type=report.A_LOG, default=RUNS, show_default=True,
               help="Finished runs, one a line; they are not run again.")  # fmt: skip
 @click.option("--work-dir", type=report.A_FOLDER, help="Keeps sheets and curves.  [temporary]")
 @click.option(
@@ -138,7 +156,7 @@ def main(
     """Compare the chosen checkpoint with the last and print JSON."""
     if quick and runs_path.resolve() == RUNS.resolve():
         raise click.UsageError("--quick would put its lines beside the real ones: pass --runs as well")
-    report.check_apart(json=json_path, runs=runs_path)
+    check_log(runs_path)
     subjects = share(SUBJECTS[:1] if quick else SUBJECTS, part_of(part))
     start, made, failed = time.perf_counter(), None, list[str]()
     for kind in list(KINDS)[:1] if quick else KINDS:
@@ -149,15 +167,13 @@ def main(
             if time.perf_counter() - start > seconds:
                 break
             if made is None:
-                folder = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-select-"))
+                folder = report.work_folder(work_dir, "select")
                 made = Bench(folder, QUICK if quick else SETTINGS)
-            try:
-                found = run(made, kind, subject, quick=quick)
-            except (DbadapterError, click.ClickException) as error:  # the others may go well
-                click.echo(f"{_key(kind, subject, quick=quick)}: {error}", err=True)
+            job = functools.partial(run, made, kind, subject, quick=quick)
+            found = attempt(_key(kind, subject, quick=quick), runs_path, job)
+            if found is None:
                 failed.append(_key(kind, subject, quick=quick))
                 continue
-            append(runs_path, found)
             scores = ", ".join(f"{name} {found[name]['score']:.3f}" for name in ("best", "last"))
             click.echo(f"{found['key']}: {scores}", err=True)
     runs = finished(runs_path, lambda lines: fresh(lines, quick=quick), failed)

@@ -8,7 +8,6 @@ through the autoencoder); what judges find in them; and what became of "a photo 
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.toybox_runs import IDENTIFIER, train
+from benchmarks.toybox_runs import IDENTIFIER, check_renderer, complain, train
 from dbadapter import lora
 from dbadapter.base import Base, load_base
+from dbadapter.cli.group import Command
+from dbadapter.errors import DbadapterError
 from dbadapter.presets import PRESETS
 from dbadapter.sampling import generate_pictures, grid
 from dbadapter.toybox import captions, names, world
 from dbadapter.toybox.judges import Judges, load_judges, tensor_of, to_tensor
-from dbadapter.toybox.render import render
 from dbadapter.toybox.subjects import SUBJECTS, TEST_CONTEXTS, Subject, photographs, views
 
 #: Extra `dbadapter train` options of each variant; the first is the default.
@@ -53,6 +53,8 @@ def diversity(vectors: Tensor) -> float:
 
 def references(judge: Judges, base: Base, subject: Subject, each: int) -> tuple[Tensor, float, float]:
     """Return the subject's own vectors, the ceiling and the floor."""
+    from dbadapter.toybox.render import render
+
     own = judge.embed(to_tensor(render(views(subject, TEST_CONTEXTS, each, stream=1))[0]))
     again = to_tensor(render(views(subject, TEST_CONTEXTS, each, stream=2))[0])
     with torch.no_grad():
@@ -110,6 +112,8 @@ def measure(
     quick: bool,
 ) -> dict[str, Any]:
     """Train one subject in every variant; return its figures, and keep a sheet of pictures beside them."""
+    from dbadapter.toybox.render import render
+
     each, steps, class_count = (1, 8, 6) if quick else (4, 25, 24)
     folder = work / subject.name
     photos = photographs(subject, folder / "photographs")
@@ -180,8 +184,8 @@ def summary(subjects: dict[str, Any], variants: list[str]) -> dict[str, Any]:
     return out
 
 
-@click.command()
-@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go.")
+@click.command(cls=Command)
+@click.option("--json", "json_path", type=report.A_JSON, help="Where the figures go.")
 @click.option("--work-dir", type=report.A_FOLDER, help="Keeps adapters and sheets; default: a temporary one.")
 @click.option("--variants", default="default,no_prior", show_default=True, help=f"Of {', '.join(VARIANTS)}.")
 @click.option(
@@ -208,20 +212,26 @@ def main(
     quick: bool,
 ) -> None:
     """Measure `dbadapter train` on held-out subjects and print JSON."""
-    chosen = variants.split(",")
-    unknown = [name for name in chosen if name not in VARIANTS]
-    if unknown:
-        raise click.UsageError(f"unknown variants {', '.join(unknown)}; known: {', '.join(VARIANTS)}")
+    chosen = report.chosen(variants, VARIANTS, "variants")
     extra = [word for option in options for word in option.split("=", 1)]
     if quick:
         extra += ["--max-train-steps", "10"]
+    check_renderer()
     base = load_base("toybox")
     judge = load_judges()
-    work = work_dir or Path(tempfile.mkdtemp(prefix="benchmark-subject-"))
+    work = report.work_folder(work_dir, "subject")
     measured: dict[str, Any] = {}
+    failed: list[str] = []
     for subject in SUBJECTS[: 1 if quick else subjects]:
-        measured[subject.name] = measure(base, judge, subject, chosen, work, extra, guidance, quick)
+        try:
+            measured[subject.name] = measure(base, judge, subject, chosen, work, extra, guidance, quick)
+        except (DbadapterError, click.ClickException) as error:  # the others may go well
+            click.echo(f"{subject.name}: {error}", err=True)
+            failed.append(subject.name)
+            continue
         click.echo(f"{subject.name}: {measured[subject.name]}", err=True)
+    if not measured:
+        complain(failed)
     report.write(
         {
             "benchmark": "subject",
@@ -233,6 +243,7 @@ def main(
         },
         json_path,
     )
+    complain(failed)
 
 
 if __name__ == "__main__":

@@ -16,17 +16,20 @@ import torch
 from PIL import Image
 
 from benchmarks import report
+from benchmarks.toybox_runs import check_renderer
 from dbadapter.base import Base, load_base
+from dbadapter.cli.group import Command
 from dbadapter.sampling import generate_pictures, grid
 from dbadapter.toybox import captions, names, world
 from dbadapter.toybox.judges import Judges, load_judges, tensor_of, to_tensor
-from dbadapter.toybox.render import render
 
 _HELD_OUT = 90_001
 
 
 def vae_psnr(base: Base, count: int) -> float:
     """Return the mean PSNR in dB of `count` held-out renders through the autoencoder, 8 bits, peak 255."""
+    from dbadapter.toybox.render import render
+
     scenes = [world.sample_scene(np.random.default_rng((_HELD_OUT, i))) for i in range(count)]
     pictures = to_tensor(render(scenes)[0])
     with torch.no_grad():
@@ -74,23 +77,19 @@ def agreement(
     }, images[: len(pairs)]
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--base", "spec", default="toybox", show_default=True, help="A folder of the same world.")
-@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go.")
-@click.option("--grid", "grid_path", type=report.A_FILE, help="A picture of every noun in every context.")
+@click.option("--json", "json_path", type=report.A_JSON, help="Where the figures go.")
+@click.option("--grid", "grid_path", type=report.AN_IMAGE, help="A picture of every noun in every context.")
 @click.option("--quick", is_flag=True, help="Three contexts: checks the machinery, measures nothing.")
 def main(spec: str, json_path: Path | None, grid_path: Path | None, quick: bool) -> None:
     """Measure the embedded base and print JSON."""
-    report.check_apart(json=json_path, grid=grid_path)
+    check_renderer()
     torch.manual_seed(0)
     base = load_base(spec)
     judge = load_judges()
     contexts = tuple(context for context in names.CONTEXTS if context)[: 3 if quick else None]
     figures, images = agreement(base, judge, contexts, 10 if quick else 25)
-    if grid_path is not None:
-        rows = [images[i : i + len(contexts)] for i in range(0, len(images), len(contexts))]
-        grid_path.parent.mkdir(parents=True, exist_ok=True)
-        grid(rows, list(names.NOUNS), list(contexts), scale=1 if len(contexts) > 6 else 2).save(grid_path)
     report.write(
         {
             "benchmark": "toybox",
@@ -105,6 +104,10 @@ def main(spec: str, json_path: Path | None, grid_path: Path | None, quick: bool)
         },
         json_path,
     )
+    if grid_path is not None:
+        rows = [images[i : i + len(contexts)] for i in range(0, len(images), len(contexts))]
+        sheet = grid(rows, list(names.NOUNS), list(contexts), scale=1 if len(contexts) > 6 else 2)
+        report.save_image(sheet, grid_path)
 
 
 if __name__ == "__main__":

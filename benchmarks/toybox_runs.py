@@ -16,9 +16,11 @@ from typing import Any
 
 import click
 
+from benchmarks import report
 from dbadapter.base import Base, load_base
 from dbadapter.candidates import load_candidate, pipeline_of
 from dbadapter.encoders import TOYBOX_JUDGES, load_encoder, load_prompt_judge
+from dbadapter.errors import DbadapterError, is_out_of_memory
 from dbadapter.evaluation import Evaluator, Scores, Settings, find_references, load_references
 from dbadapter.evaluation_prompts import Prompts, choose_prompts
 from dbadapter.grid import grid
@@ -32,6 +34,8 @@ __all__ = [
     "Bench",
     "Cost",
     "append",
+    "attempt",
+    "check_log",
     "check_renderer",
     "complain",
     "finished",
@@ -76,8 +80,8 @@ def train(folder: Path, output: Path, noun: str, options: Sequence[str]) -> Cost
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
     if done.returncode:
-        said = done.stderr.strip().splitlines() or ["no message"]
-        raise click.ClickException(f"training failed ({done.returncode}): {said[-1]}")
+        said = report.last_word(done.stderr, "no message")
+        raise click.ClickException(f"training failed ({done.returncode}): {said}")
     # Its own word: what the system counts of a child begins at this process's size.
     peak = re.search(r"(\d+) MB at the peak", done.stdout)
     if peak is None:
@@ -166,7 +170,8 @@ def sheet(evaluator: Evaluator, before: Scores, found: dict[str, Scores], path: 
 def read_runs(path: Path) -> list[dict[str, Any]]:
     """Return the finished runs of a file, of two with one key the later; none where there is no file.
 
-    A line cut short by a kill, and whatever else is no run, is passed over.
+    A line cut short by a kill, and whatever else is no run, is passed over. What a run's line holds beside
+    its key is for the caller to check.
     """
     found = {}
     if path.exists():
@@ -180,35 +185,85 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
+def check_log(path: Path) -> None:
+    """Pass if runs may be added to a file: there is none, it is empty, or it holds some.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    if path.exists() and path.stat().st_size and not read_runs(path):
+        raise click.UsageError(
+            f"--runs {path} holds no line of a run: name the benchmark's own file, or a new one"
+        )
+
+
 def finished(
-    path: Path, fresh: Callable[[list[dict[str, Any]]], list[dict[str, Any]]], failed: Sequence[str]
+    path: Path,
+    fresh: Callable[[list[dict[str, Any]]], list[dict[str, Any]]],
+    failed: Sequence[str],
+    unsearched: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Return the runs of a file that count.
 
     Args:
         fresh: which of its lines do.
         failed: keys of runs that were tried in vain.
+        unsearched: methods without a rate.
     Raises:
         ClickException: there is none, of which nothing can be summed up: no earlier summary is replaced.
     """
     lines = read_runs(path)
     if not (runs := fresh(lines)):
-        complain(failed)
+        complain(failed, unsearched)
         what = f"none of its {len(lines)} lines counts" if lines else "it has no line of a run"
         raise click.ClickException(f"--runs {path}: {what}, so there is nothing to sum up or to write")
     return runs
 
 
-def complain(failed: Sequence[str]) -> None:
+def complain(failed: Sequence[str], unsearched: Sequence[str] = ()) -> None:
     """Pass if no run failed.
 
+    Args:
+        failed: keys of runs.
+        unsearched: methods that were not compared, because their rate is not known.
     Raises:
-        ClickException: some did; it names them.
+        ClickException: there are some; it names them.
     """
     if failed:
         raise click.ClickException(
             f"{len(failed)} failed and are missing: {', '.join(failed)}; the same command tries them again"
         )
+    if unsearched:
+        raise click.ClickException(
+            f"the search of the rate is not complete for {', '.join(unsearched)}: run --stage search first, "
+            "or wait for the other --part"
+        )
+
+
+def attempt(key: str, path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
+    """Do a run and add its line to the file; one that fails is told, so that the others go on.
+
+    Raises:
+        ClickException: the line cannot be added. It is on standard error, so that nothing is lost.
+    """
+    try:
+        found = run()
+    except (DbadapterError, click.ClickException) as error:
+        click.echo(f"{key}: {error}", err=True)
+        return None
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+            raise
+        click.echo(f"{key}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", err=True)
+        return None
+    try:
+        append(path, found)
+    except OSError as error:
+        click.echo(json.dumps(found), err=True)
+        raise click.ClickException(
+            f"{path}: nothing can be added to it ({error.strerror}); the line of {key} is above"
+        ) from None
+    return found
 
 
 def append(path: Path, run: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ same base, photographs, class pictures and job, by turns, each run in a process 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from benchmarks import report
 from benchmarks.training_figures import bars, figures, ratios, rounded, startup_figures
 from benchmarks.training_runs import RANK, ROOT, Job, base_folder, pictures, run
 from dbadapter import toybox
+from dbadapter.cli.group import Command
 from dbadapter.presets import PRESETS
 
 BASES = ("toybox", "sd15")
@@ -130,11 +130,11 @@ def _our_default(job: Job) -> int:
         [sys.executable, "-m", "dbadapter", *words], cwd=ROOT, capture_output=True, text=True
     )
     if done.returncode:
-        raise click.ClickException((done.stderr.strip().splitlines() or ["dbadapter failed"])[-1])
+        raise click.ClickException(report.last_word(done.stderr, "dbadapter failed"))
     return int(tomllib.loads(done.stdout)["num_class_images"])
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option(
     "--peer-script",
     required=True,
@@ -153,7 +153,7 @@ def _our_default(job: Job) -> int:
     "--class-pictures", type=click.IntRange(1), help="How many.  [default: 4 for toybox, 1 for sd15]"
 )
 @click.option(
-    "--resolution", type=click.IntRange(64), help="Of sd15; toybox has 64.  [default: 256, on a GPU 512]"
+    "--resolution", type=report.PIXELS, help="Of sd15; toybox has 64.  [default: 256, on a GPU 512]"
 )
 @click.option(
     "--train-batch-size", "batch", type=click.IntRange(1), help="Of both.  [default: our preset's: 4 and 1]"
@@ -161,7 +161,7 @@ def _our_default(job: Job) -> int:
 @click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
 @click.option("--instance-data-dir", type=click.Path(path_type=Path), help="[default: the example's mug]")
 @click.option("--class-noun", help="What the photographs show.  [default: the example's]")
-@click.option("--json", "json_path", type=report.A_FILE, help="Where the figures go.")
+@click.option("--json", "json_path", type=report.A_JSON, help="Where the figures go.")
 @click.option(
     "--work-dir",
     type=report.A_FOLDER,
@@ -187,9 +187,7 @@ def main(
     quick: bool,
 ) -> None:
     """Measure `dbadapter train` beside diffusers' train_dreambooth_lora.py and print JSON."""
-    chosen = tables.split(",")
-    if unknown := [name for name in chosen if name not in TABLES]:
-        raise click.UsageError(f"unknown tables {', '.join(unknown)}; known: {', '.join(TABLES)}")
+    chosen = report.chosen(tables, TABLES, "tables")
     script = check_script(peer_script)
     asked, installed = script["asks_for_diffusers"], script["installed_diffusers"]
     if str(asked).split(".")[:2] != installed.split(".")[:2]:
@@ -197,7 +195,7 @@ def main(
     if quick:
         steps, warmup, rounds = 2, 1, 1
     on_gpu, work = torch.cuda.is_available(), work_dir.resolve()
-    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    threads = report.threads_of(threads)
     example, measured = toybox.example_subject(), {}
     for name in base_names or BASES:
         side = 64 if name == "toybox" else resolution or (512 if on_gpu else 256)

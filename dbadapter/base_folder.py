@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dbadapter.errors import BaseError
+from dbadapter.errors import BaseError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -262,10 +262,9 @@ def _fetched(repository: str) -> Path:
                 image_encoder=None,
             )
         except Exception as error:  # requests, huggingface_hub and diffusers each have their own
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BaseError(
-                f"base {repository}: no such folder, and it cannot be fetched from the hub ({reason}); pass"
-                " a folder or file, or check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
+                f"base {repository}: no such folder, and it cannot be fetched from the hub ({reason(error)});"
+                " pass a folder or file, or check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
             ) from error
     return Path(folder)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dbadapter.errors import UsageError
+from dbadapter.errors import UsageError, reason
 from dbadapter.metrics import prompt_similarity
 
 if TYPE_CHECKING:
@@ -294,7 +294,7 @@ def _of_transformers(spec: str, device: str) -> tuple[Any, Any]:
         processor = kind.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # third-party loaders raise anything
         raise UsageError(
-            f"encoder {spec} cannot be loaded ({_reason(error)}): {_CURE} with model.safetensors"
+            f"encoder {spec} cannot be loaded ({reason(error)}): {_CURE} with model.safetensors"
         ) from error
     # The library only logs what a file lacks, and gives those layers random weights.
     if missing := sorted(key for key in info["missing_keys"] if not _UNUSED.search(key)):
@@ -322,7 +322,7 @@ def _found(spec: str) -> Path:
         return Path(snapshot_download(spec, allow_patterns=["*.json", "*.txt", "model*.safetensors"]))
     except Exception as error:  # huggingface_hub has many kinds, httpx its own
         raise UsageError(
-            f"encoder {spec}: no such folder, and it cannot be fetched from the hub ({_reason(error)}); pass "
+            f"encoder {spec}: no such folder, and it cannot be fetched from the hub ({reason(error)}); pass "
             "a folder, or check the name, the network, HF_TOKEN and HF_HUB_OFFLINE"
         ) from error
 
@@ -336,16 +336,12 @@ def _tried(spec: str, encoder: Encoder) -> Encoder:
         if encoder.embed_text is not None:
             found.append(encoder.embed_text(["a photo"]))
     except Exception as error:  # models of other kinds raise anything
-        raise UsageError(f"encoder {spec} embeds no pictures ({_reason(error)}): {_CURE}") from error
+        raise UsageError(f"encoder {spec} embeds no pictures ({reason(error)}): {_CURE}") from error
     if any(vectors.ndim != 2 for vectors in found):
         raise UsageError(f"encoder {spec} makes no single vector of a picture: {_CURE}")
     if not all(vectors.isfinite().all() for vectors in found):
         raise UsageError(f"encoder {spec} makes no finite vector of a picture: {_CURE}")
     return encoder
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _clip_pictures(model: Any, processor: Any, pictures: Sequence[Image]) -> Tensor:

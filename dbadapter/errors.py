@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 __all__ = [
     "AdapterError",
     "BaseError",
@@ -13,6 +15,7 @@ __all__ = [
     "TrainingError",
     "UsageError",
     "is_out_of_memory",
+    "reason",
 ]
 
 
@@ -65,3 +68,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     words = ("DefaultCPUAllocator: can't allocate memory", "STATUS_ALLOC_FAILED", "out of memory")
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and any(each in str(error) for each in words))
+
+
+def reason(error: BaseException) -> str:
+    """Return why a library failed: its error's first sentence, or the error's kind if it has no words."""
+    lines = str(error).strip().splitlines()
+    return re.split(r"(?<=\w)\.\s", lines[0])[0].rstrip(".") if lines else type(error).__name__

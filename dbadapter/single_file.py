@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dbadapter import file_kinds, single_file_keys
 from dbadapter.base_folder import TENSORS_AT_ONCE, TOYBOX, find_base, load_tokenizer, quiet_libraries
-from dbadapter.errors import BaseError, UsageError
+from dbadapter.errors import BaseError, UsageError, reason
 from dbadapter.single_file_keys import Source
 
 if TYPE_CHECKING:
@@ -367,16 +367,12 @@ def _cure(file: SingleFile) -> str:
 
 def _unusable(file: SingleFile, error: Exception) -> BaseError:
     return BaseError(
-        f"base {file.path}: the configs in {file.configs} cannot be used ({_reason(error)}); "
+        f"base {file.path}: the configs in {file.configs} cannot be used ({reason(error)}); "
         "correct them, or take the folder away"
     )
 
 
 def _unreadable(path: Path, error: Exception) -> BaseError:
     return BaseError(
-        f"base {path}: cannot be read as safetensors ({_reason(error)}); download it again, whole"
+        f"base {path}: cannot be read as safetensors ({reason(error)}); download it again, whole"
     )
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.quality_figures import FIGURES
 from benchmarks.quality_plan import PRECISIONS, SEARCH_SUBJECTS, SEARCHED, recipe
+from benchmarks.quality_runs import FIGURES
 from dbadapter.base import pick_device, pick_precision
 
 PRECISION = PRECISIONS[pick_precision(pick_device())]  # of this machine: the quick runs find their search

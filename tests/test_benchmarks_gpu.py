@@ -214,6 +214,23 @@ def test_the_record_names_the_cell_that_runs_and_those_before_it(tmp_path: Path)
     assert json.loads(path.read_text())["running"] is None
 
 
+def test_the_record_tells_what_is_left_while_a_cell_runs(tmp_path: Path) -> None:
+    told, record = [], tmp_path / "record.json"
+
+    def cell_of(name: str, seconds: float) -> gpu_cells.Cell:
+        def measure() -> dict[str, Any]:
+            about = json.loads(record.read_text())
+            told.append((about["running"], about["left"]))
+            return {}
+
+        return gpu_cells.Cell(name, seconds, measure)
+
+    cells = [cell_of("done", 1), cell_of("a", 1), cell_of("large", 99), cell_of("b", 1), cell_of("c", 1)]
+    found = gpu_cells.do_cells(cells, {"done": {}}, 60, record)
+    assert told == [("a", ["large", "b", "c"]), ("b", ["large", "c"]), ("c", ["large"])]
+    assert found["left"] == json.loads(record.read_text())["left"] == ["large"]
+
+
 def test_cells_that_do_not_fit_are_left_and_smaller_ones_taken(tmp_path: Path) -> None:
     cells = [cell("large", seconds=100), cell("small"), cell("done"), cell("gone", again=True)]
     done = {"done": {"value": 7}, "gone": {"value": 7}}
@@ -317,6 +334,7 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
         {"parts": []},
         {"parts": {"limits": 3}},
         {"parts": {"limits": {"cells": []}}},
+        {"parts": {"limits": {"cells": {"products": 3}}}},
     ):
         assert "not of this benchmark, or damaged" in refusal(path, json.dumps(whole | damage))
     path.write_text(json.dumps(whole | {"note": "by hand", "machine": HERE | {"date": "2026-01-01"}}))

@@ -11,7 +11,6 @@ import pytest
 
 pytest.importorskip("numba", reason="the benchmarks draw their own pictures")
 
-import click
 import torch
 
 from benchmarks import quality_plan, quality_table
@@ -53,8 +52,7 @@ def test_every_method_and_subject_comes_with_every_seed_the_main_ones_first() ->
     assert {work.method for work in works("compare", RATES, "bf16", ["rank-1"])} == {"rank-1"}
     assert share(SUBJECTS, (1, 2)) == list(SUBJECTS[::2])
     assert share(SUBJECTS, (2, 2)) == list(SUBJECTS[1::2])
-    with pytest.raises(click.ClickException, match="the search of adapter's rate is not complete"):
-        list(works("compare", {}, "bf16"))
+    assert list(works("compare", {}, "bf16")) == []  # nothing was searched
 
 
 def test_every_method_is_searched() -> None:
@@ -166,6 +164,28 @@ def test_seconds_and_memory_are_of_the_main_precision_alone(tmp_path: Path) -> N
     assert f"| 3 x 2, 3 in {OTHER} |" in row
     assert "| 120 [120, 120] |" in row
     assert "| `rank-1` | 3 |" in quality_table.compared(path=tmp_path / "q.json")
+
+
+def test_a_run_without_seconds_takes_those_of_another_rate() -> None:
+    def bare(run: dict[str, Any]) -> dict[str, Any]:
+        return {name: of for name, of in run.items() if name not in ("cpu_seconds", "peak_memory_mb")}
+
+    runs = [line("adapter", s, 0, 0.5, cpu_seconds=100.0) for s in "abc"]
+    runs += [line("full-unet", s, 0, 0.6, cpu_seconds=900.0, precision=OTHER) for s in "abc"]
+    runs += [line("full-unet", s, 0, 0.1, cpu_seconds=110.0, rate=1) for s in "abc"]
+    runs += [bare(line("rank-1", s, 0, 0.7)) for s in "abc"]
+    runs += [bare(line("rank-1", s, 0, 0.8, precision=OTHER)) for s in "abc"]
+    found = summary([*runs, *searches()])
+    own, bare_one = found["methods"]["full-unet"], found["methods"]["rank-1"]
+    assert (own["score"]["value"], own["cpu_seconds"]["value"]) == (0.6, 110)
+    assert own["minus_adapter"]["cpu_seconds"]["value"] == 10
+    assert "cpu_seconds" not in found["other_rates"][0]["minus_own_rate"]
+    assert "cpu_seconds" not in bare_one
+    assert "cpu_seconds" not in bare_one["minus_adapter"]
+    assert bare_one["score"]["value"] == 0.7
+    beside = found["other_precisions"][OTHER]["rank-1"]
+    assert beside["minus_main_precision"]["score"]["value"] == 0.1
+    assert "cpu_seconds" not in beside
 
 
 def test_how_far_two_runs_lie_apart_by_hand(tmp_path: Path) -> None:

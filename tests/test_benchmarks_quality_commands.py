@@ -14,7 +14,8 @@ pytest.importorskip("numba", reason="the benchmarks draw their own pictures")
 import click
 from click.testing import CliRunner
 
-from benchmarks import class_noun, quality, quality_table, report, select, toybox_runs
+from benchmarks import class_noun, quality, quality_table, report, select, subject, toybox_runs
+from benchmarks import toybox as toybox_benchmark
 from benchmarks.quality_figures import summary
 from benchmarks.quality_plan import (
     PRECISIONS,
@@ -65,11 +66,44 @@ def test_a_line_that_was_cut_is_run_again(tmp_path: Path) -> None:
     append(runs, {**line("adapter", "a", 0, 0.5), "key": "g", "method": "no more", "recipe": None})
     append(runs, {**line("adapter", "a", 0, 0.5), "key": "h", "method": ["adapter"]})
     append(runs, {name: of for name, of in line("adapter", "a", 0, 0.5).items() if name != "stage"})
+    assert [run["key"] for run in read_runs(runs)][-1] == line("adapter", "a", 0, 0.5)["key"]
     keys = [run["key"] for run in read_runs(runs)]
     assert keys == ["a", "b", "d", "e", "f", "g", "h", line("adapter", "a", 0, 0.5)["key"]]
     assert fresh(read_runs(runs)) == []
     assert select.fresh(read_runs(runs)) == []
     assert read_runs(tmp_path / "none.jsonl") == []
+
+
+DAMAGED = {
+    "score": None,
+    "drift": "0.5",
+    "seed": True,
+    "rate": float("nan"),
+    "subject": ["a"],
+    "precision": [1],
+    "before": {"drift": None},
+    "bytes": {},
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_line_costs_itself_alone(name: str) -> None:
+    whole = line("adapter", "a", 0, 0.5)
+    assert fresh([whole]) == [whole]
+    assert fresh([{**whole, name: DAMAGED[name]}]) == []
+    without = {key: value for key, value in whole.items() if key != name}
+    assert fresh([without]) == []
+
+
+def test_a_machine_that_cannot_be_read_is_passed_over() -> None:
+    about = {"date": "2026-02-03", "processor": "B", "instructions": ["avx2"]}
+    other = {"date": "2026-02-01", "processor": "B", "instructions": ["avx2", "avx512_bf16"]}
+    told = [{"machine": {}}, {"machine": about, "threads": [1]}, {"machine": 3}, {"machine": other}]
+    found = report.of_runs(told)
+    assert found == {
+        "machine": {**about, "since": "2026-02-01", "instructions": ["avx2", "avx512_bf16"]},
+    }
+    assert report.of_runs(told[:1]) == {}
 
 
 def test_a_run_in_another_precision_is_run_again_only_on_request(
@@ -190,11 +224,12 @@ def test_a_summary_never_replaces_the_runs(command: click.Command, tmp_path: Pat
     runs = tmp_path / "runs.jsonl"
     append(runs, line("adapter", "a", 0, 0.5))
     before = runs.read_bytes()
-    (tmp_path / "there").mkdir()
-    words = ["--seconds", "0", "--runs", str(runs), "--json", str(tmp_path / "there/../runs.jsonl")]
-    done = CliRunner().invoke(command, words)
+    (tmp_path / "link.json").symlink_to(runs)
+    words = ["--seconds", "0", "--runs", str(runs), "--json"]
+    done = CliRunner().invoke(command, [*words, str(runs)])
     assert done.exit_code == 2
-    assert "--json and --runs are both" in done.output or "--runs and --json are both" in done.output
+    assert "runs.jsonl must end in .json" in done.output
+    CliRunner().invoke(command, [*words, str(tmp_path / "link.json")])
     assert runs.read_bytes() == before
 
 
@@ -222,12 +257,95 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(
     assert json.loads((tmp_path / "q.json").read_text())["methods"]["adapter"]["subjects"] == len(made)
 
 
+def test_a_search_that_is_not_complete_keeps_no_other_method_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, made = tmp_path / "runs.jsonl", list[str]()
+    for each in searches():
+        if (each["method"], each["rate"]) != ("rank-2", RATES["rank-2"]):
+            append(runs, each)
+    fake_runs(monkeypatch, made)
+    words = ["--methods", "rank-1,rank-2", "--seeds", "0", "--runs", str(runs)]
+    done = CliRunner().invoke(quality.main, [*words, "--stage", "compare"])
+    assert done.exit_code == 1
+    assert "Error: the search of the rate is not complete for rank-2: run --stage search first" in done.output
+    assert len(made) == len(SUBJECTS)
+
+
+@pytest.mark.parametrize("said", ["the pictures are not finite", "the loss is not finite at step 3"])
+def test_a_rate_that_diverges_is_the_worst_of_its_search(
+    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "runs.jsonl"
+    for each in searches():
+        if (each["method"], each["rate"]) != ("rank-2", RATES["rank-2"]):
+            append(runs, each)
+
+    def trained(bench: Any, work: Work) -> dict[str, Any]:
+        if work.stage == "search":
+            raise BaseError(said)
+        return line(work.method, work.subject.name, work.seed, 0.6, rate=work.rate, seconds=1.0)
+
+    monkeypatch.setattr(quality, "Bench", lambda *_: None)
+    monkeypatch.setattr(quality, "trained", trained)
+    words = ["--methods", "rank-2", "--seeds", "0", "--runs", str(runs), "--json", str(tmp_path / "q.json")]
+    done = CliRunner().invoke(quality.main, words)
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "q.json").read_text())
+    searched = found["search"]["rank-2"]
+    assert searched[f"{RATES['rank-2']:g}"] == {"score": 0.0, "likeness": 0.0, "forgotten": 1.0}
+    assert found["methods"]["rank-2"]["learning_rate"] == SEARCHED["rank-2"][1]
+
+
+def test_what_the_system_refuses_costs_one_run(tmp_path: Path) -> None:
+    def refused() -> dict[str, Any]:
+        raise OSError(28, "No space left on device")
+
+    def broken() -> dict[str, Any]:
+        raise RuntimeError("a fault of ours")
+
+    @click.command()
+    def command() -> None:
+        assert toybox_runs.attempt("a", tmp_path / "runs.jsonl", refused) is None
+        assert toybox_runs.attempt("b", tmp_path / "runs.jsonl", lambda: {"key": "b"}) == {"key": "b"}
+        toybox_runs.attempt("c", tmp_path / "runs.jsonl/no.jsonl", lambda: {"key": "c", "score": 3})
+
+    done = CliRunner().invoke(command)
+    assert done.exit_code == 1
+    assert "a: OSError: [Errno 28] No space left on device" in done.output
+    assert '{"key": "c", "score": 3}' in done.output
+    assert "nothing can be added to it (File exists); the line of c is above" in done.output
+    assert read_runs(tmp_path / "runs.jsonl") == [{"key": "b"}]
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        toybox_runs.attempt("d", tmp_path / "runs.jsonl", broken)
+
+
+def test_runs_that_cannot_be_added_to_are_refused_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "runs.jsonl"
+    append(runs, searches()[0])
+    opened = Path.open
+
+    def refused(self: Path, mode: str = "r", *more: Any, **other: Any) -> Any:
+        if "a" in mode:
+            raise PermissionError(13, "Permission denied")
+        return opened(self, mode, *more, **other)
+
+    monkeypatch.setattr(Path, "open", refused)
+    done = CliRunner().invoke(select.main, ["--runs", str(runs)])
+    assert done.exit_code == 2
+    assert "runs.jsonl: nothing can be added to it (Permission denied)" in done.output
+
+
 def test_without_numba_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(toybox_runs, "find_spec", lambda name: None)
     with pytest.raises(click.ClickException, match=r"pip install 'dbadapter\[pretrain\]'"):
         toybox_runs.Bench(tmp_path, quality.QUICK)
-    words = ["--data", str(tmp_path), "--json", str(tmp_path.parent / "out.json")]
-    assert "pip install" in CliRunner().invoke(class_noun.main, words).output
+    words = ["--json", str(tmp_path.parent / "out.json")]
+    for command in (subject.main, toybox_benchmark.main):
+        assert "Error: numba draws the pictures" in CliRunner().invoke(command, words).output
+    assert "pip install" in CliRunner().invoke(class_noun.main, [*words, "--data", str(tmp_path)]).output
 
 
 @pytest.mark.parametrize(("command", "path"), [(quality.main, quality.RUNS), (select.main, select.RUNS)])
@@ -239,28 +357,34 @@ def test_quick_runs_stay_out_of_the_real_ones(command: click.Command, path: Path
 
 
 def test_bad_words(tmp_path: Path) -> None:
+    (tmp_path / "captions.jsonl").write_text('{"file_name": "a.png"}\n')
     assert "--part must be like 1/2" in CliRunner().invoke(quality.main, ["--part", "3/2"]).output
     assert "--part must be like 1/2" in CliRunner().invoke(select.main, ["--part", "one"]).output
     assert "unknown seeds 7" in CliRunner().invoke(quality.main, ["--seeds", "0,7"]).output
     assert "unknown methods best" in CliRunner().invoke(quality.main, ["--methods", "best"]).output
     for words, said in (
-        (["--methods", ""], "unknown methods ''"),
+        (["--methods", ""], "--methods names none"),
+        (["--methods", ","], "--methods names none"),
         (["--part", "²/2"], "--part must be like 1/2"),
-        (["--plot", "p.xyz"], "--plot must end in .png"),
+        (["--plot", "p.xyz"], "p.xyz must end in .png"),
+        (["--json", "runs.jsonl"], "runs.jsonl must end in .json"),
+        (["--json", ""], "nothing is no name"),
+        (["--runs", "prompts.txt"], "prompts.txt must end in .jsonl"),
         (["--json", str(tmp_path)], "is a directory"),
         (["--runs", str(tmp_path)], "is a directory"),
         (["--seconds", "-1"], "not in the range"),
         (["--seconds", "nan"], "nan is no number of seconds"),
         (["--json", f"{tmp_path}/new/"], "ends as a folder does"),
         (["--json", os.devnull], "is a device or a broken link"),
+        (["--runs", str(tmp_path / "captions.jsonl")], "captions.jsonl holds no line of a run"),
         (["--runs", f"{__file__}/runs.jsonl"], f"nothing can be written in {__file__}"),
         (["--work-dir", f"{__file__}/work"], f"nothing can be written in {__file__}"),
-        (["--json", "a.png", "--plot", "a.png"], "--json and --plot are both a.png"),
         (["--quick", "--methods", "rank-1", "--runs", "r.jsonl"], "--quick runs adapter and full alone"),
     ):
         done = CliRunner().invoke(quality.main, words)
         assert done.exit_code == 2
         assert said in done.output
+        assert len(done.output.strip().splitlines()) == 1
 
 
 def test_a_quick_run_and_going_on(tmp_path: Path) -> None:

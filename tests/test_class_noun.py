@@ -319,6 +319,17 @@ def test_the_benchmark_counts_each_subject_once(tmp_path: Path) -> None:
     assert found == {"0.6": {"right": 0.5, "wrong": 1.0, "refused": 0.5}}
 
 
+def test_the_benchmark_refuses_what_it_cannot_use(tmp_path: Path) -> None:
+    words = ["--data", str(tmp_path), "--json"]
+    for more, said in (
+        ([str(tmp_path / "out.json"), "--seed", "-1"], "-1 is not in the range"),
+        ([str(tmp_path / "prompts_and_classes.txt")], "must end in .json"),
+    ):
+        done = CliRunner().invoke(benchmark.main, [*words, *more])
+        assert done.exit_code == 2
+        assert said in done.output
+
+
 def test_the_benchmark_says_what_it_cannot_read(tmp_path: Path) -> None:
     words = ["--data", str(tmp_path), "--json", str(tmp_path / "out.json")]
     table = tmp_path / "prompts_and_classes.txt"

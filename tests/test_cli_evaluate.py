@@ -145,6 +145,11 @@ def test_ends_of_a_comparison_say_what_is_written(
         (("x.safetensors",), "paths follow --compare"),
         (("--adapter", "none.safetensors"), "does not exist"),
         (
+            ("--adapter", "dog.safetensors", "--adapter", "base.safetensors"),
+            "--adapter was given 2 times: several are scored by --compare PATH PATH...",
+        ),
+        (("--tuned", "run/model", "--tuned", "run/model"), "--tuned was given 2 times"),
+        (
             ("--adapter", "dog.safetensors", "--compare", "dog.safetensors"),
             "dog.safetensors is given twice: name each adapter and model once",
         ),

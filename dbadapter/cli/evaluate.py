@@ -47,8 +47,10 @@ _BESIDE = 3  # models side by side in the terminal
 @click.command()
 @click.option("--base", default="toybox", show_default=True, metavar="BASE", help=BASE_HELP)
 @prediction_option
-@click.option("--adapter", type=FilePath(), metavar="FILE", help="An adapter of that base.")
-@click.option("--tuned", type=FilePath(), metavar="FOLDER", help="A fully tuned model in diffusers' layout.")
+@click.option("--adapter", "adapters", multiple=True, type=FilePath(), metavar="FILE",
+              help="An adapter of that base.")  # fmt: skip
+@click.option("--tuned", "models", multiple=True, type=FilePath(), metavar="FOLDER",
+              help="A fully tuned model in diffusers' layout.")  # fmt: skip
 @click.option("--compare", multiple=True, type=FilePath(), metavar="PATH",
               help="Adapters and tuned models; may be given several times, and paths may follow one another. "
               "The first is what the others are compared with.")  # fmt: skip
@@ -89,8 +91,8 @@ _BESIDE = 3  # models side by side in the terminal
 def evaluate(
     base: str,
     prediction_type: str | None,
-    adapter: Path | None,
-    tuned: Path | None,
+    adapters: tuple[Path, ...],
+    models: tuple[Path, ...],
     compare: tuple[Path, ...],
     more: tuple[Path, ...],
     instance_data_dir: Path,
@@ -116,6 +118,12 @@ def evaluate(
       dbadapter evaluate --base BASE --adapter my-dog/my-dog.safetensors \\
           --instance-data-dir photos --class-noun dog --kind live
     """
+    for option, given in {"--adapter": adapters, "--tuned": models}.items():
+        if len(given) > 1:
+            raise UsageError(
+                f"{option} was given {len(given)} times: several are scored by --compare PATH PATH..."
+            )
+    adapter, tuned = (next(iter(given), None) for given in (adapters, models))
     paths = [path for path in (adapter, tuned) if path is not None] + [*compare, *more]
     if class_noun.strip().lower() == AUTO:
         raise UsageError(
@@ -153,12 +161,12 @@ def evaluate(
         )
     check_outputs(json_path, report_path, overwrite)
     specs = [Path(spec) for spec in (base, image_encoder, text_image_encoder) if spec and spec != "toybox"]
-    models = [*paths, *specs]
-    models += [spec.with_suffix("") for spec in specs if spec.is_file()]  # a single file's configurations
+    read_whole = [*paths, *specs]
+    read_whole += [spec.with_suffix("") for spec in specs if spec.is_file()]  # a single file's configurations
     read = [*paths, *specs, *([prompts_file] if prompts_file else []), *_files_of_runs(paths)]
     for path in (json_path, report_path):
         if path is not None:
-            refuse_input(path, read, models, instance_data_dir)
+            refuse_input(path, read, read_whole, instance_data_dir)
     from dbadapter.evaluation_report import ReportPictures
 
     # What is drawn is kept only where it is shown.

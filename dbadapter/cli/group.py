@@ -16,11 +16,11 @@ import click
 
 from dbadapter.errors import DbadapterError, is_out_of_memory
 
-__all__ = ["Group", "Progress", "progress_bars", "warn"]
+__all__ = ["Command", "Group", "Progress", "progress_bars", "terminable", "warn"]
 
 
-class Group(click.Group):
-    """A group whose every failure is one line on standard error and an exit code, never a traceback."""
+class Command(click.Command):
+    """A command whose every failure is one line on standard error and an exit code, never a traceback."""
 
     def main(
         self,
@@ -73,6 +73,10 @@ class Group(click.Group):
             if not is_out_of_memory(error):
                 raise
             _fail(f"out of memory: {_MEMORY_CURES.get(str(ctx.invoked_subcommand), _MEMORY_CURE)}")
+
+
+class Group(Command, click.Group):
+    """A group whose every failure is one line, as a `Command`'s."""
 
 
 class _Terminated(KeyboardInterrupt):
