@@ -1,6 +1,6 @@
 """What does an adapter save beside full fine-tuning?
 
-`python -m benchmarks.cost --json OUT [--base sd15|sdxl|toybox] [--resolution N] [--quick]` runs
+`python -m benchmarks.cost --json OUT [--plot PNG] [--base sd15|sdxl|toybox] [--resolution N] [--quick]` runs
 `dbadapter train` on the same job with an adapter and with `--full`, by turns, each run in a process of its
 own: seconds a step, peak memory, start-up, bytes of what is written. A side whose estimated memory is not
 free is told, not tried.
@@ -18,7 +18,8 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import report
+from benchmarks import plot, report
+from benchmarks.inference_figures import bar_chart
 from benchmarks.training_figures import figures, rounded
 from benchmarks.training_runs import RANK, ROOT, TRUE_SIZES, Job, base_folder, pictures, run
 from dbadapter import toybox
@@ -207,6 +208,7 @@ def job_for(name: str, work: Path, resolution: int | None, threads: int, *, quic
 )
 @click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
 @click.option("--json", "json_path", type=report.A_JSON, help="Where the figures go.")
+@click.option("--plot", "plot_path", type=report.AN_IMAGE, help="The figures as bars, as PNG.")
 @click.option(
     "--work-dir",
     type=report.A_FOLDER,
@@ -224,6 +226,7 @@ def main(
     mixed_precision: str,
     threads: int | None,
     json_path: Path | None,
+    plot_path: Path | None,
     work_dir: Path,
     quick: bool,
 ) -> None:
@@ -248,6 +251,8 @@ def main(
             if json_path is not None:  # a table of the true size takes many minutes
                 report.save({**out, "command": report.command(), "machine": report.machine()}, json_path)
     report.write(out, json_path)
+    if plot_path is not None and (bars := plot.groups_of(out)):
+        report.save_image(bar_chart(bars), plot_path)
 
 
 def sdxl_on_a_cpu() -> str:

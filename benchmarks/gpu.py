@@ -1,11 +1,10 @@
 """Everything that wants a GPU, in one command of under ten minutes.
 
-`python -m benchmarks.gpu --json OUT [--parts a,b] [--budget-seconds N] [--peer-script FILE] [--quick]`
-measures the device's limits, a smoke test, training (an adapter beside full fine-tuning, precision, compiled,
-diffusers' script) and one UNet call by torch and ONNX Runtime, each beside those limits. Called again with
-the same OUT it goes on. Without a GPU all of it is tiny: it checks the machinery and measures nothing.
-"""
-
+`python -m benchmarks.gpu --json OUT [--plot PNG] [--parts a,b] [--budget-seconds N] [--peer-script FILE]
+[--quick]` measures the limits of the device, a smoke test, training (an adapter beside full fine-tuning,
+precision, compiled, the script of diffusers) and one UNet call by torch and ONNX Runtime, each beside those
+limits. Called again with the same OUT it goes on. Without a GPU all of it is tiny: it checks the machinery and
+measures nothing.
 from __future__ import annotations
 
 import json
@@ -21,8 +20,9 @@ from typing import Any
 import click
 import torch
 
-from benchmarks import report
+from benchmarks import plot, report
 from benchmarks.gpu_parts import PARTS
+from benchmarks.inference_figures import bar_chart
 from benchmarks.training import check_script
 from benchmarks.training_runs import ROOT
 from dbadapter.cli.group import Command
@@ -282,6 +282,7 @@ def _is_ours(found: Any) -> bool:
 )
 @click.option("--threads", type=click.IntRange(1), help="Of each process.  [default: the machine's cores]")
 @click.option("--json", "json_path", type=report.A_JSON, help="Where the figures go; gone on with.")
+@click.option("--plot", "plot_path", type=report.AN_IMAGE, help="The figures as bars, as PNG.")
 @click.option(
     "--work-dir",
     type=report.A_FOLDER,
@@ -297,6 +298,7 @@ def main(
     peer_script: Path | None,
     threads: int | None,
     json_path: Path | None,
+    plot_path: Path | None,
     work_dir: Path,
     quick: bool,
 ) -> None:
@@ -323,6 +325,8 @@ def main(
 
     measure(out, chosen, settings, budget, keep)
     report.write(out, json_path)
+    if plot_path is not None and (bars := plot.groups_of(out)):
+        report.save_image(bar_chart(bars), plot_path)
 
 
 if __name__ == "__main__":

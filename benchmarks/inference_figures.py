@@ -51,7 +51,12 @@ LABELS = {
     "cuda_swappable_one_graph": "CUDA graph fp16: ONNX, swappable, one",
     "tensorrt_merged": "TensorRT fp16: ONNX, merged",
 }
-_COLOURS = {"torch": "#8c8c8c", "merged": "#2f6fb0", "swappable": "#7fb2e0"}
+_COLOURS = {
+    "torch": "#8c8c8c",
+    "merged": "#2f6fb0",
+    "swappable": "#7fb2e0",
+    "adapter": "#2f6fb0",
+}
 
 
 def figures(calls: Mapping[str, Sequence[Sequence[float]]]) -> dict[str, dict[str, Any]]:
@@ -180,7 +185,8 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], width: int = 760) -> Im
             length = max(1, round(room * value / max(values.values())))
             draw.text((margin, y + 2), LABELS.get(name, name), fill="black", font=font)
             draw.rectangle((left, y + 2, left + length, y + line - 4), fill=_colour(name))
-            draw.text((left + length + 6, y + 2), f"{value:.3g}", fill="black", font=font)
+            shown = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
+            draw.text((left + length + 6, y + 2), shown, fill="black", font=font)
             y += line
         y += margin
     return image

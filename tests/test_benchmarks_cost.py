@@ -10,9 +10,11 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
-from benchmarks import cost, report, training_runs
+from benchmarks import cost, gpu_training, plot, report, training_runs
 from benchmarks.cost_peer import bytes_of
+from benchmarks.findings import RESULTS
 from dbadapter import toybox
 
 
@@ -154,3 +156,56 @@ def test_a_run_that_the_system_ended_says_so(tmp_path: Path) -> None:
         click.ClickException, match="ended by signal 9; 9 is the system's where memory runs out"
     ):
         training_runs.run(job(tmp_path), "ours", "name", ["train"], 1, program="dies")
+
+
+# --- the bars
+
+
+@pytest.mark.parametrize("name", ["cost-sd15", "cost-toybox", "gpu"])
+def test_results_are_drawn(name: str, tmp_path: Path) -> None:
+    path = RESULTS / f"{name}.json"
+    groups = plot.groups_of(json.loads(path.read_text(encoding="utf-8")))
+    assert all(value > 0 for values in groups.values() for value in values.values())
+    done = CliRunner().invoke(plot.main, [str(path), str(tmp_path / "new/bars.png")])
+    assert done.exit_code == 0, done.output
+    drawn, kept = (Image.open(each) for each in (tmp_path / "new/bars.png", path.with_suffix(".png")))
+    assert drawn.size == kept.size
+
+
+def test_bars_are_the_figures() -> None:
+    side = {"step_seconds": 2.0, "peak_memory_mb": 3000.0, "startup_seconds": 4.0, "file_bytes": 5 * 2**20}
+    died = {**side, "file_bytes": None}
+    bases = {"sd15": {"resolution": 256, "defaults": {"adapter": side, "full": died}, "unet_only": {}}}
+    groups = plot.groups_of({"benchmark": "cost", "bases": {**bases, "sdxl": {"not_measured": "no GPU"}}})
+    where = "SD1.5's size, 256 pixels, defaults"
+    assert groups == {
+        f"{where}: seconds a step": {"adapter": 2.0, "full fine-tuning": 2.0},
+        f"{where}: peak memory, MB": {"adapter": 3000.0, "full fine-tuning": 3000.0},
+        f"{where}: start-up, seconds": {"adapter": 4.0, "full fine-tuning": 4.0},
+        f"{where}: file, MB": {"adapter": 5.0},
+    }
+    cells = {"eager": {"call_seconds": 0.5}, "merged": {"failed": "no"}}
+    parts = {"infer-sdxl": {"cells": cells}, "limits": {"cells": {"copies": {"giga_bytes": 1.0}}}}
+    assert plot.groups_of({"benchmark": "gpu", "parts": parts}) == {
+        "SDXL's size: a UNet call, milliseconds": {"eager": 500.0}
+    }
+
+
+def test_every_training_cell_has_a_label() -> None:
+    cells = {*gpu_training.TRAINED, *gpu_training.ON_THE_SCRIPTS_JOB}
+    assert set(plot.LABELS) == cells | set(cost.SIDES)
+
+
+def test_what_cannot_be_drawn_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    for content, said in (
+        ("{", "cannot be drawn"),
+        ("[]", "cannot be drawn"),
+        ('{"benchmark": "select"}', "it is no result of benchmarks.cost or benchmarks.gpu"),
+        ('{"benchmark": "gpu", "parts": {}}', "at least one value"),
+    ):
+        path.write_text(content)
+        done = CliRunner().invoke(plot.main, [str(path), str(tmp_path / "a.png")])
+        assert (done.exit_code, len(done.output.splitlines())) == (1, 1)
+        assert said in done.output
+        assert not (tmp_path / "a.png").exists()

@@ -381,11 +381,12 @@ def test_parts_go_through_at_a_tiny_size(parts: str, tmp_path: Path) -> None:
     """One part of each kind, a process each; slow: all six."""
     out = tmp_path / "out.json"
     words = ["--quick", "--threads", "1", "--json", str(out), "--work-dir", str(tmp_path / "work")]
-    words += ["--parts", parts]
+    words += ["--parts", parts, "--plot", str(tmp_path / "out.png")]
     result = CliRunner().invoke(gpu.main, [*words, "--budget-seconds", "1500"])
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
     assert found["left"] == []
+    assert (tmp_path / "out.png").stat().st_size > 1000
     cells = {
         f"{part} {name}": c for part, about in found["parts"].items() for name, c in about["cells"].items()
     }

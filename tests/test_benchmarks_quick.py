@@ -36,7 +36,9 @@ def quick(name: str, tmp_path: Path, *words: str) -> dict[str, Any]:
 
 
 def test_cost(tmp_path: Path) -> None:
-    table = quick("cost", tmp_path, "--work-dir", str(tmp_path / "work"))["bases"]["sd15"]["defaults"]
+    words = ("--work-dir", str(tmp_path / "work"), "--plot", str(tmp_path / "cost.png"))
+    table = quick("cost", tmp_path, *words)["bases"]["sd15"]["defaults"]
+    assert (tmp_path / "cost.png").stat().st_size > 1000
     assert table["not_measured"] == {}
     assert table["ratios"]["file"] > 50
     assert table["full"]["trained"]["parameters"] > 50 * table["adapter"]["trained"]["parameters"]
