@@ -5,6 +5,8 @@
 precision, compiled, the script of diffusers) and one UNet call by torch and ONNX Runtime, each beside those
 limits. Called again with the same OUT it goes on. Without a GPU all of it is tiny: it checks the machinery and
 measures nothing.
+"""
+
 from __future__ import annotations
 
 import json
