@@ -3,8 +3,8 @@
 `python -m benchmarks.gpu --json OUT [--plot PNG] [--parts a,b] [--budget-seconds N] [--peer-script FILE]
 [--quick]` measures the limits of the device, a smoke test, training (an adapter beside full fine-tuning,
 precision, compiled, the script of diffusers) and one UNet call by torch and ONNX Runtime, each beside those
-limits. Called again with the same OUT it goes on. Without a GPU all of it is tiny: it checks the machinery and
-measures nothing.
+limits. Called again with the same OUT it goes on. Without a GPU all of it is tiny: it checks the machinery
+and measures nothing.
 """
 
 from __future__ import annotations
