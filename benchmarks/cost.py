@@ -19,7 +19,6 @@ import click
 import torch
 
 from benchmarks import plot, report
-from benchmarks.inference_figures import bar_chart
 from benchmarks.training_figures import figures, rounded
 from benchmarks.training_runs import RANK, ROOT, TRUE_SIZES, Job, base_folder, pictures, run
 from dbadapter import toybox
@@ -251,8 +250,8 @@ def main(
             if json_path is not None:  # a table of the true size takes many minutes
                 report.save({**out, "command": report.command(), "machine": report.machine()}, json_path)
     report.write(out, json_path)
-    if plot_path is not None and (bars := plot.groups_of(out)):
-        report.save_image(bar_chart(bars), plot_path)
+    if plot_path is not None:
+        plot.save(out, plot_path)
 
 
 def sdxl_on_a_cpu() -> str:

@@ -24,7 +24,6 @@ import torch
 
 from benchmarks import plot, report
 from benchmarks.gpu_parts import PARTS
-from benchmarks.inference_figures import bar_chart
 from benchmarks.training import check_script
 from benchmarks.training_runs import ROOT
 from dbadapter.cli.group import Command
@@ -63,9 +62,9 @@ def run_part(name: str, settings: Mapping[str, Any], seconds: float) -> Record:
     work, until = Path(settings["work"]), time.monotonic() + seconds
     work.mkdir(parents=True, exist_ok=True)
     record, log = _place(name, settings), work / f"gpu-{name}.log"
-    done = dict(settings["done"])
+    done, rest = dict(settings["done"]), list[str]()
     while True:
-        report.save({"cells": done, "left": [], "running": None}, record)
+        report.save({"cells": done, "left": rest, "running": None}, record)
         remaining = until - time.monotonic()
         told = {**settings, "done": done, "seconds": max(0.0, remaining - START_SECONDS)}
         if settings["tiny"]:
@@ -77,7 +76,7 @@ def run_part(name: str, settings: Mapping[str, Any], seconds: float) -> Record:
         if code is None or found["running"] is None:  # out of time, or not in a cell: no second try
             left = [*found["left"], *([found["running"]] if found["running"] else [])]
             return {"cells": found["cells"], "left": left, "reason": reason}
-        done = found["cells"] | {found["running"]: {"failed": reason}}
+        done, rest = found["cells"] | {found["running"]: {"failed": reason}}, found["left"]
 
 
 def _ended(
@@ -327,8 +326,8 @@ def main(
 
     measure(out, chosen, settings, budget, keep)
     report.write(out, json_path)
-    if plot_path is not None and (bars := plot.groups_of(out)):
-        report.save_image(bar_chart(bars), plot_path)
+    if plot_path is not None:
+        plot.save(out, plot_path)
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def run(plan: Plan, task: str, **settings: Any) -> dict[str, Any]:
     if done.returncode or not record.exists():
         log = record.with_suffix(".log")
         log.write_text(done.stdout + done.stderr, encoding="utf-8")
-        said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        said = report.last_word(done.stderr, f"it ended with {done.returncode}")
         raise click.ClickException(f"{plan.name} {task} failed: {said} (all of it: {log})")
     found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
     return found

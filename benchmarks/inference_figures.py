@@ -181,8 +181,9 @@ def bar_chart(groups: Mapping[str, Mapping[str, float]], width: int = 760) -> Im
     for title, values in groups.items():
         draw.text((margin, y), title, fill="black", font=font)
         y += line
+        longest = max(values.values(), default=0)
         for name, value in values.items():
-            length = max(1, round(room * value / max(values.values())))
+            length = max(1, round(room * value / longest)) if longest > 0 else 1
             draw.text((margin, y + 2), LABELS.get(name, name), fill="black", font=font)
             draw.rectangle((left, y + 2, left + length, y + line - 4), fill=_colour(name))
             shown = f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -98,7 +98,7 @@ def run(task: str, settings: dict[str, Any], work: Path, threads: int) -> dict[s
         text=True,
     )
     if done.returncode or not record.exists():
-        said = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[-1]
+        said = report.last_word(done.stderr, f"it ended with {done.returncode}")
         raise click.ClickException(f"{task} failed: {said}")
     found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
     return found

@@ -16,7 +16,7 @@ from benchmarks import report
 from benchmarks.inference_figures import bar_chart
 from dbadapter.cli.group import Command
 
-__all__ = ["groups_of"]
+__all__ = ["groups_of", "save"]
 
 MB = 2**20
 Groups = dict[str, dict[str, float]]
@@ -39,18 +39,36 @@ LABELS = {
 NAMES = {"sd15": "SD1.5's size", "sdxl": "SDXL's size", "toybox": "toybox"}
 
 
-def groups_of(found: Mapping[str, Any]) -> Groups:
+def groups_of(found: Any) -> Groups:
     """Return a result's bars by title, for `bar_chart`; none if nothing was measured.
 
     Args:
         found: what `benchmarks.cost` or `benchmarks.gpu` wrote.
     Raises:
-        ValueError: it is another benchmark's.
+        ValueError: it is another benchmark's, or not whole.
     """
-    of = {"cost": _cost, "gpu": _gpu}.get(str(found.get("benchmark")))
+    of = {"cost": _cost, "gpu": _gpu}.get(str(found.get("benchmark"))) if isinstance(found, dict) else None
     if of is None:
         raise ValueError("it is no result of benchmarks.cost or benchmarks.gpu")
-    return of(found)
+    try:
+        groups = of(found)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError("it is no whole result") from error
+    note = " (--quick: measures nothing)" if found.get("quick") else ""
+    return {f"{title}{note}": values for title, values in groups.items()}
+
+
+def save(found: Any, path: Path) -> None:
+    """Draw a result, or say that there is nothing to draw: then an earlier plot stays.
+
+    Raises:
+        ClickException: it cannot be written.
+        ValueError: as `groups_of`.
+    """
+    if groups := groups_of(found):
+        report.save_image(bar_chart(groups), path)
+    else:
+        click.echo(f"{path} is not written: nothing was measured", err=True)
 
 
 def _cost(found: Mapping[str, Any]) -> Groups:
@@ -107,10 +125,9 @@ def _gpu(found: Mapping[str, Any]) -> Groups:
 def main(json_path: Path, plot_path: Path) -> None:
     """Draw a result of benchmarks.cost or benchmarks.gpu."""
     try:
-        picture = bar_chart(groups_of(json.loads(json_path.read_text(encoding="utf-8"))))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        save(json.loads(json_path.read_text(encoding="utf-8")), plot_path)
+    except ValueError as error:
         raise click.ClickException(f"{json_path} cannot be drawn: {error}") from None
-    report.save_image(picture, plot_path)
 
 
 if __name__ == "__main__":

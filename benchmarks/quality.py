@@ -36,7 +36,7 @@ from benchmarks.quality_plan import (
     works,
 )
 from benchmarks.quality_plot import pareto
-from benchmarks.quality_runs import SCORES, best_rates, fresh, main_precision
+from benchmarks.quality_runs import SCORES, best_rates, fresh, main_precision, searched
 from benchmarks.quality_table import ENOUGH
 from benchmarks.toybox_runs import (
     Bench,
@@ -54,17 +54,23 @@ from dbadapter.errors import DbadapterError
 
 RUNS = Path("benchmarks/results/quality.jsonl")
 PATIENCE = 3600.0  # seconds without a run, of which one takes minutes
+#: What `train` says, and scoring, where the rate was too high.
+DIVERGED = ("the loss is not finite", "the training diverged", "gave values that are not finite")
+
+
+class DivergedError(click.ClickException):
+    """Training came to nothing at its rate; the message says where."""
 
 
 def run(bench: Bench, work: Work) -> dict[str, Any]:
-    """Train and score; return the run's line. A rate of the search that diverges counts as the worst."""
+    """Train and score; return the run's line. That a rate of the search diverges is a result too."""
     try:
         found = trained(bench, work)
-    except (DbadapterError, click.ClickException) as error:
-        if work.stage != "search" or "not finite" not in str(error):
+    except DivergedError as error:
+        if work.stage != "search":
             raise
-        click.echo(f"{work.key}: {error}", err=True)
-        found = {"diverged": str(error), **dict.fromkeys(SCORES, 0.0)}
+        click.echo(f"{work.key}: {error.message}", err=True)
+        found = {"diverged": error.message, **dict.fromkeys(SCORES, 0.0)}
     return {
         "key": work.key,
         "stage": work.stage,
@@ -85,8 +91,8 @@ def trained(bench: Bench, work: Work) -> dict[str, Any]:
     """Train and score; return the figures, and what it took.
 
     Raises:
+        DivergedError: the loss, the weights or the pictures are not finite.
         ClickException: training failed.
-        BaseError: the pictures are not finite.
     """
     folder, evaluator, before = bench.subject(work.subject)
     precision = PRECISIONS[work.precision]
@@ -95,11 +101,17 @@ def trained(bench: Bench, work: Work) -> dict[str, Any]:
     options = ["--seed", str(work.seed), *rates, "--mixed-precision", work.precision]
     options += ["--checkpointing-steps", "0", *METHODS[work.method].options]
     options += ["--max-train-steps", "2", "--num-class-images", "2"] if work.quick else []
-    cost = train(folder, output, work.subject.noun, options)
-    made = output / ("model" if METHODS[work.method].full else "subject.safetensors")
-    scores, figures = bench.score(work.subject, made)
+    try:
+        cost = train(folder, output, work.subject.noun, options)
+        made = output / ("model" if METHODS[work.method].full else "subject.safetensors")
+        scores, figures = bench.score(work.subject, made)
+    except (DbadapterError, click.ClickException) as error:
+        if any(words in str(error) for words in DIVERGED):
+            raise DivergedError(str(error)) from error
+        raise
+    finally:
+        shutil.rmtree(output, ignore_errors=True)  # a whole model a run fills a disk
     sheet(evaluator, before, {work.method: scores}, output.with_name(f"{output.name}.png"))
-    shutil.rmtree(output)  # a whole model a run fills a disk
     return {"guidance_scale": evaluator.settings.guidance_scale, **figures, **asdict(cost)}
 
 
@@ -120,8 +132,8 @@ def _wait_for_search(path: Path, methods: Sequence[str], seconds: float, *, quic
     size = -1
     while True:
         if (now := path.stat().st_size if path.exists() else 0) != size:
-            rates = best_rates(fresh(read_runs(path), quick=quick))
-            missing = ", ".join(name for name in methods if name not in rates)
+            done = searched(fresh(read_runs(path), quick=quick))
+            missing = ", ".join(name for name in methods if name not in done)
             if missing and size < 0:
                 click.echo(f"waiting for the other parts to search the rate of {missing}", err=True)
             size, last = now, time.perf_counter()
@@ -175,7 +187,7 @@ def main(
     process = part_of(part)
     if quick and runs_path.resolve() == RUNS.resolve():
         raise click.UsageError("--quick would put its lines beside the real ones: pass --runs as well")
-    check_log(runs_path)
+    check_log(runs_path, written=stage != "summary")
     wanted = report.chosen(methods, METHODS, "methods")
     if quick:
         wanted = [method for method in wanted if method in ("adapter", "full")]
@@ -221,7 +233,7 @@ def main(
             if made is None:
                 folder = report.work_folder(work_dir, "quality")
                 made = Bench(folder, QUICK if quick else SETTINGS)
-            found = attempt(work.key, runs_path, functools.partial(run, made, work))
+            found = attempt(work.key, functools.partial(run, made, work), runs_path)
             if found is None:
                 failed.append(work.key)
                 continue
@@ -238,6 +250,8 @@ def main(
     report.write({"benchmark": "quality", "quick": quick, **figures, **report.of_runs(runs)}, json_path)
     if plot_path is not None and shown:
         report.save_image(pareto(shown), plot_path)
+    elif plot_path is not None:
+        click.echo(f"{plot_path} is not written: too few subjects to draw anything", err=True)
     complain(failed, unsearched)
 
 

@@ -26,6 +26,7 @@ from benchmarks.quality_runs import (
     mean,
     search,
 )
+from benchmarks.report import is_number
 from dbadapter import metrics
 
 __all__ = ["difference_of", "summary", "table"]
@@ -65,26 +66,12 @@ def _one_each(runs: Sequence[Run], main: str | None) -> list[Run]:
     return list(found.values())
 
 
-def _with_costs(runs: Sequence[Run], main: str | None) -> list[Run]:
-    """Return runs whose seconds and memory are of the main precision, or which have none.
-
-    A run that has none there takes those of the same method, subject and seed at another rate: the rate is no
-    matter of either.
-    """
-    costs: dict[tuple[str, str, int], dict[str, Any]] = {}
-    for run in runs:
-        if run["precision"] == main and run.keys() >= COSTS:
-            costs.setdefault(_whose(run), {name: run[name] for name in COSTS})
-    found = []
-    for run in runs:
-        own = run["precision"] == main and run.keys() >= COSTS
-        rest = {name: value for name, value in run.items() if own or name not in COSTS}
-        found.append(rest if own else rest | costs.get(_whose(run), {}))
-    return found
-
-
-def _whose(run: Run) -> tuple[str, str, int]:
-    return run["method"], run["subject"], run["seed"]
+def _with_costs_in(runs: Sequence[Run], main: str | None) -> list[Run]:
+    """Return runs of which those in another precision than the main one have no seconds and no memory."""
+    return [
+        run if run["precision"] == main else {name: of for name, of in run.items() if name not in COSTS}
+        for run in runs
+    ]
 
 
 def _what(run: Run, *more: str) -> tuple[Any, ...]:
@@ -117,13 +104,14 @@ def summary(runs: Sequence[Run], *, quick: bool = False) -> dict[str, Any]:
     """Return the search, means with intervals over subjects, and differences from both main methods.
 
     A run counts in the main precision where it was made in it, else in the other, which moves next to nothing
-    (`apart`); seconds and memory are of the main precision alone, whatever the rate.
+    (`apart`); seconds and memory are of the main precision alone. A method that has none at its own rate is
+    given those of another (`costs_at_rate`), which the rate does not change.
     """
     methods: dict[str, Any] = {}
     everything = fresh(runs, quick=quick)
     best, precision = best_rates(everything), main_precision(everything)
     compared = [run for run in everything if run["stage"] == "compare"]
-    counted = _with_costs(_one_each(compared, precision), precision)
+    counted = _with_costs_in(_one_each(compared, precision), precision)
     # A search that went on may have found another rate: runs at the one before it are told apart.
     runs = [run for run in counted if run["rate"] == best.get(run["method"])]
     elsewhere = [run for run in counted if run["rate"] != best.get(run["method"])]
@@ -131,6 +119,8 @@ def summary(runs: Sequence[Run], *, quick: bool = False) -> dict[str, Any]:
         if not (figures := _figures(runs, name)):
             continue
         methods[name] = {"about": method.about, "options": list(method.options), **figures}
+        if not figures.keys() >= COSTS:
+            methods[name] |= _costs_elsewhere(elsewhere, name, figures["subjects"])
         for other in (DEFAULT, FULL):
             if name != other and (pairs := _pairs(runs, name, other)):
                 methods[name][f"minus_{other}"] = pairs
@@ -139,6 +129,7 @@ def summary(runs: Sequence[Run], *, quick: bool = False) -> dict[str, Any]:
     before = {
         name: mean([run["before"][name] for run in first_of])
         for name in (first_of[0]["before"] if first_of else ())
+        if all(is_number(run["before"].get(name)) for run in first_of)
     }
     return {
         "compared": sum(about["subjects"] * about["seeds"] for about in methods.values()),
@@ -179,6 +170,24 @@ def _figures(runs: Sequence[Run], method: str) -> dict[str, Any]:
             if of_runs.numel() and len(of_runs) == len(first)
         },
     }
+
+
+def _costs_elsewhere(others: Sequence[Run], method: str, subjects: int) -> dict[str, Any]:
+    """Return seconds and memory of the rate, of those not chosen, with the most seeds of so many subjects.
+
+    Args:
+        others: runs at such rates.
+    Returns:
+        The two with `costs_at_rate`; nothing where there are none.
+    """
+    best: dict[str, Any] = {}
+    for rate in sorted({run["rate"] for run in others if run["method"] == method}):
+        there = [run for run in others if run["rate"] == rate and run.keys() >= COSTS]
+        found = _figures(there, method)
+        if found and found["subjects"] == subjects and found["seeds"] > best.get("seeds", 0):
+            best = {**{name: found[name] for name in COSTS}, "costs_at_rate": rate, "seeds": found["seeds"]}
+    best.pop("seeds", None)
+    return best
 
 
 def _other_rates(others: Sequence[Run], runs: Sequence[Run]) -> list[dict[str, Any]]:

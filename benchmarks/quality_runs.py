@@ -23,6 +23,7 @@ __all__ = [
     "main_precision",
     "mean",
     "search",
+    "searched",
 ]
 
 Run = Mapping[str, Any]
@@ -50,11 +51,12 @@ FIGURES = (
 )
 #: That a precision changes, and the processor.
 COSTS = frozenset({"cpu_seconds", "peak_memory_mb"})
-#: Without which a line is no run.
+#: Without these, a seed, a rate and `SCORES` a line is no run.
 _WORDS = ("stage", "method", "subject", "precision", "recipe")
-#: What a search looks at; 0 is the worst of each.
+#: What a search looks at; from 0, the worst, to 1.
 SCORES = ("score", "likeness", "class_kept", "class_spread", "class_obedience")
 #: What a comparison needs beside; seconds and memory may be missing.
+_BEFORE = ("subject_fidelity", "prompt_fidelity", "noun_agreement")  # and what else the run tells
 _COMPARED = tuple(name for name in FIGURES if name != "forgotten" and name not in COSTS)
 
 
@@ -76,7 +78,9 @@ def _is_whole(run: Run) -> bool:
         return False
     if not all(is_number(run.get(name)) for name in ("seed", "rate", *SCORES)):
         return False
-    if any(name in run and not is_number(run[name]) for name in (*FIGURES, *COSTS)):
+    if not all(0 <= run[name] <= 1 for name in SCORES):
+        return False
+    if any(name in run and not is_number(run[name]) for name in FIGURES):
         return False
     if run["stage"] != "compare":
         return True
@@ -84,7 +88,7 @@ def _is_whole(run: Run) -> bool:
     return (
         all(is_number(run.get(name)) for name in (*_COMPARED, "ceiling"))
         and isinstance(before, dict)
-        and all(is_number(value) for value in before.values())
+        and all(is_number(before.get(name)) for name in _BEFORE)
     )
 
 
@@ -110,16 +114,27 @@ def search(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
                     "likeness": _mean_over_subjects(rows, lambda run: float(run["likeness"])),
                     "forgotten": _mean_over_subjects(rows, forgotten),
                 }
+                if diverged := sum("diverged" in run for run in rows):
+                    found[method][f"{rate:g}"]["diverged"] = diverged
     return found
 
 
+def searched(runs: Sequence[Run]) -> set[str]:
+    """Return the methods whose search is complete."""
+    return {method for method, rates in search(runs).items() if len(rates) == len(SEARCHED[method])}
+
+
 def best_rates(runs: Sequence[Run]) -> dict[str, float]:
-    """Return method -> the rate with the best mean score, for those whose search is complete."""
-    return {
-        method: float(max(rates, key=lambda rate: rates[rate]["score"]))
-        for method, rates in search(runs).items()
-        if len(rates) == len(SEARCHED[method])
-    }
+    """Return method -> the rate with the best mean score, for those whose search is complete.
+
+    No rate at which a run diverged is the best, and a method for which there is no other has none.
+    """
+    done, best = searched(runs), dict[str, float]()
+    for method, rates in search(runs).items():
+        scores = {rate: about["score"] for rate, about in rates.items() if "diverged" not in about}
+        if method in done and scores:
+            best[method] = float(max(scores, key=lambda rate: scores[rate]))
+    return best
 
 
 def main_precision(runs: Sequence[Run]) -> str | None:

@@ -65,6 +65,8 @@ def _means_row(about: Mapping[str, Any], main: str) -> list[str]:
     shown = [_with_interval(about[figure]) for figure in MEANS]
     costs = ("cpu_seconds", "peak_memory_mb")  # in another precision, on another processor, they'd be others
     cost = [_with_interval(about[figure], places=0) if figure in about else "" for figure in costs]
+    if "costs_at_rate" in about:
+        cost = [f"{each} at {about['costs_at_rate']:g}" for each in cost]
     runs = f"{about['subjects']} x {about['seeds']}" + _elsewhere(about, main)
     return [f"{about['learning_rate']:g}", runs, *shown, *cost, _size(about["bytes"]["value"])]
 
@@ -136,14 +138,16 @@ def searched(path: Path = FILE) -> str:
     found = json.loads(path.read_text(encoding="utf-8"))["search"]
     rows = []
     for name, rates in found.items():
-        best = max(about["score"] for about in rates.values())
+        best = max((about["score"] for about in rates.values() if "diverged" not in about), default=None)
         for rate, about in rates.items():
             score = _value(about["score"])
+            if diverged := about.get("diverged", 0):
+                score += f" ({diverged} diverged)"
             rows.append(
                 [
                     f"`{name}`",
                     rate,
-                    f"**{score}**" if about["score"] == best else score,
+                    f"**{score}**" if about["score"] == best and not diverged else score,
                     _value(about["likeness"]),
                     _value(about["forgotten"]),
                 ]

@@ -47,7 +47,7 @@ class _Place(click.Path):
 
     Args:
         suffix: that the name must have, so that no file of another kind is replaced.
-        appended: what is there stays, and is written to.
+        appended: what is there stays, and its folder is of no matter.
     """
 
     def __init__(self, suffix: str = "", *, appended: bool = False, **more: Any) -> None:
@@ -67,10 +67,7 @@ class _Place(click.Path):
         if self.suffix and path.suffix.lower() != self.suffix:
             self.fail(f"{path} must end in {self.suffix}", param, ctx)
         if self.appended and path.exists():
-            try:
-                path.open("ab").close()
-            except OSError as error:
-                self.fail(f"{path}: nothing can be added to it ({error.strerror})", param, ctx)
+            return path
         folder = path if self.dir_okay else path.parent
         while not os.path.lexists(folder) and folder != folder.parent:
             folder = folder.parent
@@ -195,12 +192,21 @@ def of_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _is_machine(found: Any) -> bool:
     """Return whether something read from a file is what `machine` returned once."""
-    return isinstance(found, dict) and all(isinstance(found.get(name), str) for name in ("date", "processor"))
+    return (
+        isinstance(found, dict)
+        and all(isinstance(found.get(name), str) for name in ("date", "processor"))
+        and isinstance(found.get("instructions", []), list)
+    )
 
 
 def is_number(value: Any) -> bool:
     """Return whether something read from a file can be counted with."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # more digits than a float has
+        return False
 
 
 def chosen(text: str | None, known: Collection[str], option: str, *, none: bool = False) -> list[str]:
@@ -214,7 +220,7 @@ def chosen(text: str | None, known: Collection[str], option: str, *, none: bool 
     """
     if text is None:
         return list(known)
-    words = [word for word in text.split(",") if word]
+    words = list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
     unknown = [word for word in words if word not in known]
     if unknown or not (words or none):
         what = f"unknown {option} {', '.join(unknown)}" if unknown else f"--{option} names none"
@@ -269,10 +275,12 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(half_written)
         half_written.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             half_written.unlink(missing_ok=True)
-        raise click.ClickException(f"{path} cannot be written ({error.strerror})") from error
+        if isinstance(error, OSError):
+            raise click.ClickException(f"{path} cannot be written ({error.strerror or error})") from error
+        raise
 
 
 def write(figures: dict[str, Any], path: Path | None) -> None:

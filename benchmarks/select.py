@@ -60,14 +60,16 @@ def run(bench: Bench, kind: str, subject: Subject, *, quick: bool) -> dict[str, 
     found, drawn = {}, {}
     for select in ("best", "last"):
         output = bench.work / subject.name / f"{kind}-{select}"
-        cost = train(folder, output, subject.noun, [*options, "--select", select])
-        file = output / "subject.safetensors"
-        drawn[select], figures = bench.score(subject, file)
-        step = int(read_adapter(file).metadata["ss_max_train_steps"])
-        found[select] = {"step": step, **figures, **asdict(cost)}
-        if (curve := output / "selection.png").exists():
-            curve.replace(bench.work / subject.name / f"{kind}-selection.png")
-        shutil.rmtree(output)
+        try:
+            cost = train(folder, output, subject.noun, [*options, "--select", select])
+            file = output / "subject.safetensors"
+            drawn[select], figures = bench.score(subject, file)
+            step = int(read_adapter(file).metadata["ss_max_train_steps"])
+            found[select] = {"step": step, **figures, **asdict(cost)}
+            if (curve := output / "selection.png").exists():
+                curve.replace(bench.work / subject.name / f"{kind}-selection.png")
+        finally:
+            shutil.rmtree(output, ignore_errors=True)
     sheet(evaluator, before, drawn, bench.work / subject.name / f"{kind}.png")
     return {
         "key": _key(kind, subject, quick=quick),
@@ -170,7 +172,7 @@ def main(
                 folder = report.work_folder(work_dir, "select")
                 made = Bench(folder, QUICK if quick else SETTINGS)
             job = functools.partial(run, made, kind, subject, quick=quick)
-            found = attempt(_key(kind, subject, quick=quick), runs_path, job)
+            found = attempt(_key(kind, subject, quick=quick), job, runs_path)
             if found is None:
                 failed.append(_key(kind, subject, quick=quick))
                 continue

@@ -8,6 +8,7 @@ through the autoencoder); what judges find in them; and what became of "a photo 
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,10 @@ from PIL import Image
 from torch import Tensor
 
 from benchmarks import report
-from benchmarks.toybox_runs import IDENTIFIER, check_renderer, complain, train
+from benchmarks.toybox_runs import IDENTIFIER, attempt, check_renderer, complain, train
 from dbadapter import lora
 from dbadapter.base import Base, load_base
 from dbadapter.cli.group import Command
-from dbadapter.errors import DbadapterError
 from dbadapter.presets import PRESETS
 from dbadapter.sampling import generate_pictures, grid
 from dbadapter.toybox import captions, names, world
@@ -140,8 +140,10 @@ def measure(
         cost = train(folder / "photographs", output, subject.noun, [*options, *VARIANTS[variant]])
         file = output / "subject.safetensors"
         lora.apply(base.pipeline, {file: 1.0})
-        after, class_after = drawn()
-        lora.apply(base.pipeline, {})
+        try:
+            after, class_after = drawn()
+        finally:  # the next subject begins with the base
+            lora.apply(base.pipeline, {})
         reached, vectors = score(judge, subject, own, after, each), judge.embed(tensor_of(class_after))
         results[variant] = {
             "similarity_after": reached["similarity"],
@@ -223,15 +225,15 @@ def main(
     measured: dict[str, Any] = {}
     failed: list[str] = []
     for subject in SUBJECTS[: 1 if quick else subjects]:
-        try:
-            measured[subject.name] = measure(base, judge, subject, chosen, work, extra, guidance, quick)
-        except (DbadapterError, click.ClickException) as error:  # the others may go well
-            click.echo(f"{subject.name}: {error}", err=True)
+        job = functools.partial(measure, base, judge, subject, chosen, work, extra, guidance, quick)
+        if (found := attempt(subject.name, job)) is None:
             failed.append(subject.name)
             continue
-        click.echo(f"{subject.name}: {measured[subject.name]}", err=True)
+        measured[subject.name] = found
+        click.echo(f"{subject.name}: {found}", err=True)
+    cure = "see what each said above; all are measured again by the same command"
     if not measured:
-        complain(failed)
+        complain(failed, cure=cure)
     report.write(
         {
             "benchmark": "subject",
@@ -243,7 +245,7 @@ def main(
         },
         json_path,
     )
-    complain(failed)
+    complain(failed, cure=cure)
 
 
 if __name__ == "__main__":

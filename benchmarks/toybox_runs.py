@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import resource
 import subprocess
@@ -20,7 +22,7 @@ from benchmarks import report
 from dbadapter.base import Base, load_base
 from dbadapter.candidates import load_candidate, pipeline_of
 from dbadapter.encoders import TOYBOX_JUDGES, load_encoder, load_prompt_judge
-from dbadapter.errors import DbadapterError, is_out_of_memory
+from dbadapter.errors import DbadapterError, is_out_of_memory, reason
 from dbadapter.evaluation import Evaluator, Scores, Settings, find_references, load_references
 from dbadapter.evaluation_prompts import Prompts, choose_prompts
 from dbadapter.grid import grid
@@ -185,16 +187,33 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def check_log(path: Path) -> None:
-    """Pass if runs may be added to a file: there is none, it is empty, or it holds some.
+def check_log(path: Path, *, written: bool = True) -> None:
+    """Pass if runs may be added to a file: there is none, it holds some, or nothing that was whole once.
 
+    Args:
+        written: whether any will be; else it is read alone.
     Raises:
-        UsageError: it holds something else.
+        UsageError: it holds something else, or it cannot be written to.
     """
-    if path.exists() and path.stat().st_size and not read_runs(path):
+    if not path.exists():
+        return
+    if not read_runs(path) and any(map(_is_json, path.read_bytes().splitlines())):
         raise click.UsageError(
             f"--runs {path} holds no line of a run: name the benchmark's own file, or a new one"
         )
+    if written:
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            raise click.UsageError(f"--runs {path}: nothing can be added to it ({error.strerror})") from None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def finished(
@@ -220,29 +239,33 @@ def finished(
     return runs
 
 
-def complain(failed: Sequence[str], unsearched: Sequence[str] = ()) -> None:
+def complain(failed: Sequence[str], unsearched: Sequence[str] = (), cure: str = "") -> None:
     """Pass if no run failed.
 
     Args:
         failed: keys of runs.
         unsearched: methods that were not compared, because their rate is not known.
+        cure: how they are made after all.
     Raises:
         ClickException: there are some; it names them.
     """
     if failed:
-        raise click.ClickException(
-            f"{len(failed)} failed and are missing: {', '.join(failed)}; the same command tries them again"
-        )
+        cure = cure or "the same command tries them again"
+        raise click.ClickException(f"{len(failed)} failed and are missing: {', '.join(failed)}; {cure}")
     if unsearched:
         raise click.ClickException(
-            f"the search of the rate is not complete for {', '.join(unsearched)}: run --stage search first, "
-            "or wait for the other --part"
+            f"no rate is known for {', '.join(unsearched)}: run --stage search, wait for the other --part, "
+            "or search lower ones where training diverged at all"
         )
 
 
-def attempt(key: str, path: Path, run: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-    """Do a run and add its line to the file; one that fails is told, so that the others go on.
+def attempt(key: str, run: Callable[[], dict[str, Any]], path: Path | None = None) -> dict[str, Any] | None:
+    """Do a run; one that fails is told and None comes back, so that the others go on.
 
+    Args:
+        key: what it is called.
+        run: returns its figures.
+        path: the file that they are added to as a line.
     Raises:
         ClickException: the line cannot be added. It is on standard error, so that nothing is lost.
     """
@@ -254,22 +277,29 @@ def attempt(key: str, path: Path, run: Callable[[], dict[str, Any]]) -> dict[str
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        click.echo(f"{key}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}", err=True)
+        click.echo(f"{key}: {type(error).__name__}: {reason(error)}", err=True)
         return None
-    try:
-        append(path, found)
-    except OSError as error:
-        click.echo(json.dumps(found), err=True)
-        raise click.ClickException(
-            f"{path}: nothing can be added to it ({error.strerror}); the line of {key} is above"
-        ) from None
+    if path is not None:
+        try:
+            append(path, found)
+        except OSError as error:
+            click.echo(json.dumps(found), err=True)
+            raise click.ClickException(
+                f"{path}: nothing can be added to it ({error.strerror}); the line of {key} is above"
+            ) from None
     return found
 
 
 def append(path: Path, run: dict[str, Any]) -> None:
-    """Add a run's line in one write, so that two processes may do so; a line that was cut stays alone."""
+    """Add a run's line in one write, so that two processes may do so; a line that was cut stays alone.
+
+    Raises:
+        OSError: it cannot be written, or not whole.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+", buffering=0) as file:
         file.seek(max(file.tell() - 1, 0))
         begin = b"" if file.read(1) in (b"", b"\n") else b"\n"
-        file.write(begin + json.dumps(run).encode() + b"\n")
+        line = begin + json.dumps(run).encode() + b"\n"
+        if file.write(line) != len(line):  # a disk that fills up takes a part, and says nothing
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

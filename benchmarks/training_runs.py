@@ -17,6 +17,7 @@ import click
 import numpy as np
 from PIL import Image
 
+from benchmarks.report import last_word
 from benchmarks.true_size import write_base
 from dbadapter import toybox
 
@@ -129,10 +130,10 @@ def run(
     shutil.rmtree(output, ignore_errors=True)
     if not record.exists():
         (record.with_suffix(".log")).write_text(done.stdout + done.stderr, encoding="utf-8")
-        words = done.stderr.strip().splitlines() or ["no output"]
+        said = last_word(done.stderr, "no output")
         if done.returncode < 0:  # it said nothing of it then
-            words = [f"ended by signal {-done.returncode}; 9 is the system's where memory runs out"]
-        raise click.ClickException(f"{name} failed: {words[-1]} (all of it: {record.with_suffix('.log')})")
+            said = f"ended by signal {-done.returncode}; 9 is the system's where memory runs out"
+        raise click.ClickException(f"{name} failed: {said} (all of it: {record.with_suffix('.log')})")
     shown = ["python", job.script.name] if side == "peer" else ["dbadapter"]
     places = {str(job.folder): "BASE", str(job.work): "WORK"}
     return json.loads(record.read_text(encoding="utf-8")) | {

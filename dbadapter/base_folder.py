@@ -402,5 +402,4 @@ def _load_part(folder: Path, part: str, kind: Any) -> Any:
 
 
 def _broken(folder: Path, error: Exception) -> BaseError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return BaseError(f"base {folder}: cannot be loaded ({reason}); download it again")
+    return BaseError(f"base {folder}: cannot be loaded ({reason(error)}); download it again")

@@ -19,6 +19,9 @@ from torch.nn.functional import normalize
 
 from benchmarks import report, subject
 from benchmarks import toybox as toybox_benchmark
+from dbadapter.base import load_base
+from dbadapter.errors import BaseError
+from dbadapter.toybox.judges import load_judges
 from dbadapter.toybox.subjects import SUBJECTS, Subject
 
 
@@ -101,6 +104,27 @@ def test_a_subject_that_fails_costs_itself_alone(tmp_path: Path, monkeypatch: py
     before = out.read_text()
     assert CliRunner().invoke(subject.main, [*words, "1"]).exit_code == 1
     assert out.read_text() == before
+
+
+def test_a_failed_subjects_adapter_does_not_stay_on_the_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied: list[dict[Path, float]] = []
+    drawn = iter(([Image.new("RGB", (64, 64))],) * 2)
+
+    def pictures(*_: object, **more: object) -> list[Image.Image]:
+        try:
+            return next(drawn) * 6
+        except StopIteration:
+            raise BaseError("the model gave values that are not finite") from None
+
+    monkeypatch.setattr(subject, "pictures", pictures)
+    monkeypatch.setattr(subject, "train", lambda *_: None)
+    monkeypatch.setattr(subject.lora, "apply", lambda pipeline, adapters: applied.append(adapters))
+    base, judge = load_base("toybox"), load_judges()
+    with pytest.raises(BaseError):
+        subject.measure(base, judge, SUBJECTS[0], ["default"], tmp_path, [], None, True)
+    assert [len(adapters) for adapters in applied] == [1, 0]
 
 
 def test_an_image_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -> None:

@@ -160,6 +160,8 @@ def test_a_run_that_the_system_ended_says_so(tmp_path: Path) -> None:
 
 # --- the bars
 
+FIGURES = ("step_seconds", "peak_memory_mb", "startup_seconds", "file_bytes")
+
 
 @pytest.mark.parametrize("name", ["cost-sd15", "cost-toybox", "gpu"])
 def test_results_are_drawn(name: str, tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_results_are_drawn(name: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(plot.main, [str(path), str(tmp_path / "new/bars.png")])
     assert done.exit_code == 0, done.output
     drawn, kept = (Image.open(each) for each in (tmp_path / "new/bars.png", path.with_suffix(".png")))
-    assert drawn.size == kept.size
+    assert (drawn.size, drawn.tobytes()) == (kept.size, kept.tobytes()), f"draw it again: python -m benchmarks.plot {path}"
 
 
 def test_bars_are_the_figures() -> None:
@@ -202,10 +204,17 @@ def test_what_cannot_be_drawn_is_one_line(tmp_path: Path) -> None:
         ("{", "cannot be drawn"),
         ("[]", "cannot be drawn"),
         ('{"benchmark": "select"}', "it is no result of benchmarks.cost or benchmarks.gpu"),
-        ('{"benchmark": "gpu", "parts": {}}', "at least one value"),
+        ('{"benchmark": "gpu"}', "it is no whole result"),
+        ('{"benchmark": "gpu", "parts": {}}', "a.png is not written: nothing was measured"),
     ):
         path.write_text(content)
         done = CliRunner().invoke(plot.main, [str(path), str(tmp_path / "a.png")])
-        assert (done.exit_code, len(done.output.splitlines())) == (1, 1)
+        assert (done.exit_code, len(done.output.splitlines())) == (0 if "nothing" in said else 1, 1)
         assert said in done.output
         assert not (tmp_path / "a.png").exists()
+    nothing = {"toybox": {"resolution": 64, "defaults": {"adapter": dict.fromkeys(FIGURES, 0), "full": {}}}}
+    whole = {"benchmark": "cost", "quick": True, "bases": {"toybox": {**nothing["toybox"]}}}
+    del whole["bases"]["toybox"]["defaults"]["full"]  # type: ignore[index]
+    assert all(title.endswith("(--quick: measures nothing)") for title in plot.groups_of(whole))
+    plot.save(whole, tmp_path / "a.png")
+    assert (tmp_path / "a.png").exists()

@@ -166,20 +166,29 @@ def test_seconds_and_memory_are_of_the_main_precision_alone(tmp_path: Path) -> N
     assert "| `rank-1` | 3 |" in quality_table.compared(path=tmp_path / "q.json")
 
 
-def test_a_run_without_seconds_takes_those_of_another_rate() -> None:
+def test_a_method_without_seconds_takes_those_of_another_rate(tmp_path: Path) -> None:
     def bare(run: dict[str, Any]) -> dict[str, Any]:
         return {name: of for name, of in run.items() if name not in ("cpu_seconds", "peak_memory_mb")}
 
     runs = [line("adapter", s, 0, 0.5, cpu_seconds=100.0) for s in "abc"]
     runs += [line("full-unet", s, 0, 0.6, cpu_seconds=900.0, precision=OTHER) for s in "abc"]
     runs += [line("full-unet", s, 0, 0.1, cpu_seconds=110.0, rate=1) for s in "abc"]
+    runs += [line("full-unet", s, seed, 0.1, cpu_seconds=120.0, rate=2) for s in "abc" for seed in (0, 1)]
+    runs += [line("rank-4", s, 0, 0.7, cpu_seconds=90.0) for s in "abc"]  # some of its own: no other's beside
+    runs += [bare(line("rank-4", s, 1, 0.7)) for s in "abc"]
+    runs += [line("rank-4", s, 1, 0.7, cpu_seconds=50.0, rate=1) for s in "abc"]
     runs += [bare(line("rank-1", s, 0, 0.7)) for s in "abc"]
     runs += [bare(line("rank-1", s, 0, 0.8, precision=OTHER)) for s in "abc"]
     found = summary([*runs, *searches()])
     own, bare_one = found["methods"]["full-unet"], found["methods"]["rank-1"]
-    assert (own["score"]["value"], own["cpu_seconds"]["value"]) == (0.6, 110)
-    assert own["minus_adapter"]["cpu_seconds"]["value"] == 10
-    assert "cpu_seconds" not in found["other_rates"][0]["minus_own_rate"]
+    assert (own["score"]["value"], own["cpu_seconds"]["value"], own["costs_at_rate"]) == (0.6, 120, 2)
+    assert "cpu_seconds" not in own["minus_adapter"]
+    assert all("cpu_seconds" not in about.get("minus_own_rate", {}) for about in found["other_rates"])
+    assert found["methods"]["rank-4"]["cpu_seconds"]["value"] == 90
+    assert "costs_at_rate" not in found["methods"]["rank-4"]
+    (tmp_path / "q.json").write_text(json.dumps(found))
+    shown = quality_table.means(tmp_path / "q.json")
+    assert "| 120 [120, 120] at 2 | 1 [1, 1] at 2 |" in shown.replace("0 [0, 0] at 2", "1 [1, 1] at 2")
     assert "cpu_seconds" not in bare_one
     assert "cpu_seconds" not in bare_one["minus_adapter"]
     assert bare_one["score"]["value"] == 0.7
@@ -220,15 +229,15 @@ def test_runs_of_another_recipe_count_no_more(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_figures_are_means_over_subjects_and_seeds_that_all_have() -> None:
-    runs = [line("adapter", s, seed, v) for s, seed, v in (("a", 0, 1.0), ("a", 1, 9.0), ("b", 0, 3.0))]
-    assert table(runs, "adapter", "score").tolist() == [[1.0], [3.0]]
-    runs += [line("full", "a", 0, 2.0), line("full", "b", 0, 6.0), line("adapter-no-prior", "a", 0, 0.5)]
+    runs = [line("adapter", s, seed, v) for s, seed, v in (("a", 0, 0.1), ("a", 1, 0.9), ("b", 0, 0.3))]
+    assert table(runs, "adapter", "score").tolist() == [[0.1], [0.3]]
+    runs += [line("full", "a", 0, 0.2), line("full", "b", 0, 0.6), line("adapter-no-prior", "a", 0, 0.5)]
     assert summary(runs)["methods"] == {}  # no rate was searched yet
     found = summary([*runs, *searches()])
-    assert found["methods"]["adapter"]["subject_fidelity"]["value"] == 2.0
+    assert found["methods"]["adapter"]["subject_fidelity"]["value"] == 0.2
     assert found["methods"]["adapter"]["score"]["high"] == 1.0  # a share's interval ends at all
     assert found["methods"]["adapter"]["seeds"] == 1
-    assert found["methods"]["full"]["minus_adapter"]["score"]["value"] == 2.0
+    assert found["methods"]["full"]["minus_adapter"]["score"]["value"] == 0.2
     assert found["before"]["ceiling"] == 0.9
     assert set(found["methods"]) == {"adapter", "full", "adapter-no-prior"}
     assert pareto(found["methods"]).size == SIZE

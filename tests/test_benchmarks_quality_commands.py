@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ import pytest
 pytest.importorskip("numba", reason="the benchmarks draw their own pictures")
 
 import click
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from benchmarks import class_noun, quality, quality_table, report, select, subject, toybox_runs
 from benchmarks import toybox as toybox_benchmark
@@ -24,10 +26,13 @@ from benchmarks.quality_plan import (
     SUBJECTS,
     Work,
 )
-from benchmarks.quality_runs import fresh
+from benchmarks.quality_runs import SCORES, best_rates, fresh, searched
 from benchmarks.toybox_runs import append, read_runs
 from dbadapter.errors import BaseError
+from dbadapter.toybox.subjects import Subject
 from tests.quality_lines import OTHER, PRECISION, RATES, line, searches
+
+ABOUT = ("key", "stage", "method", "subject", "seed", "rate", "precision", "quick", "recipe")
 
 
 def fake_runs(monkeypatch: pytest.MonkeyPatch, made: list[str]) -> None:
@@ -66,7 +71,6 @@ def test_a_line_that_was_cut_is_run_again(tmp_path: Path) -> None:
     append(runs, {**line("adapter", "a", 0, 0.5), "key": "g", "method": "no more", "recipe": None})
     append(runs, {**line("adapter", "a", 0, 0.5), "key": "h", "method": ["adapter"]})
     append(runs, {name: of for name, of in line("adapter", "a", 0, 0.5).items() if name != "stage"})
-    assert [run["key"] for run in read_runs(runs)][-1] == line("adapter", "a", 0, 0.5)["key"]
     keys = [run["key"] for run in read_runs(runs)]
     assert keys == ["a", "b", "d", "e", "f", "g", "h", line("adapter", "a", 0, 0.5)["key"]]
     assert fresh(read_runs(runs)) == []
@@ -81,8 +85,10 @@ DAMAGED = {
     "rate": float("nan"),
     "subject": ["a"],
     "precision": [1],
-    "before": {"drift": None},
+    "before": {"drift": 0.5},
     "bytes": {},
+    "class_kept": -0.5,
+    "ceiling": 10**400,
 }
 
 
@@ -97,8 +103,15 @@ def test_a_damaged_line_costs_itself_alone(name: str) -> None:
 
 def test_a_machine_that_cannot_be_read_is_passed_over() -> None:
     about = {"date": "2026-02-03", "processor": "B", "instructions": ["avx2"]}
+    odd = {"date": "2026-02-04", "processor": "C", "instructions": 3}
     other = {"date": "2026-02-01", "processor": "B", "instructions": ["avx2", "avx512_bf16"]}
-    told = [{"machine": {}}, {"machine": about, "threads": [1]}, {"machine": 3}, {"machine": other}]
+    told = [
+        {"machine": {}},
+        {"machine": about, "threads": [1]},
+        {"machine": 3},
+        {"machine": odd},
+        {"machine": other},
+    ]
     found = report.of_runs(told)
     assert found == {
         "machine": {**about, "since": "2026-02-01", "instructions": ["avx2", "avx512_bf16"]},
@@ -268,36 +281,101 @@ def test_a_search_that_is_not_complete_keeps_no_other_method_back(
     words = ["--methods", "rank-1,rank-2", "--seeds", "0", "--runs", str(runs)]
     done = CliRunner().invoke(quality.main, [*words, "--stage", "compare"])
     assert done.exit_code == 1
-    assert "Error: the search of the rate is not complete for rank-2: run --stage search first" in done.output
+    assert "Error: no rate is known for rank-2: run --stage search, wait for the other --part" in done.output
     assert len(made) == len(SUBJECTS)
 
 
-@pytest.mark.parametrize("said", ["the pictures are not finite", "the loss is not finite at step 3"])
-def test_a_rate_that_diverges_is_the_worst_of_its_search(
-    said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = tmp_path / "runs.jsonl"
+DIVERGED = (
+    click.ClickException("training failed (1): the loss is not finite at step 3: lower --learning-rate"),
+    click.ClickException("training failed (1): A weight of x is not finite: the training diverged, lower it"),
+    BaseError("the model gave values that are not finite (NaN); use float32"),
+)
+
+
+def search_of_rank_2(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fails: Callable[[Work], Exception | None]
+) -> Result:
+    """Search and compare one method; its first rate was never tried, and is the best where it goes well."""
     for each in searches():
         if (each["method"], each["rate"]) != ("rank-2", RATES["rank-2"]):
-            append(runs, each)
+            append(tmp_path / "runs.jsonl", each)
 
-    def trained(bench: Any, work: Work) -> dict[str, Any]:
-        if work.stage == "search":
-            raise BaseError(said)
-        return line(work.method, work.subject.name, work.seed, 0.6, rate=work.rate, seconds=1.0)
+    class NoBench:
+        work = tmp_path / "work"
 
-    monkeypatch.setattr(quality, "Bench", lambda *_: None)
-    monkeypatch.setattr(quality, "trained", trained)
-    words = ["--methods", "rank-2", "--seeds", "0", "--runs", str(runs), "--json", str(tmp_path / "q.json")]
-    done = CliRunner().invoke(quality.main, words)
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def subject(self, subject: Subject) -> tuple[Path, Any, None]:
+            return tmp_path, SimpleNamespace(settings=SimpleNamespace(guidance_scale=3.0)), None
+
+        def score(self, subject: Subject, made: Path) -> tuple[None, dict[str, Any]]:
+            return None, {key: of for key, of in line("adapter", "a", 0, 0.8).items() if key not in ABOUT}
+
+    def train(folder: Path, output: Path, noun: str, options: list[str]) -> toybox_runs.Cost:
+        rate = float(options[options.index("--learning-rate") + 1])
+        subject = next(each for each in (*SUBJECTS, *SEARCH_SUBJECTS) if each.name == output.parent.name)
+        stage = "search" if subject in SEARCH_SUBJECTS else "compare"
+        (output / "model").mkdir(parents=True)
+        if error := fails(Work(stage, "rank-2", subject, 0, rate, "no")):
+            raise error
+        return toybox_runs.Cost(1.0, 1.0, 1.0)
+
+    monkeypatch.setattr(quality, "Bench", NoBench)
+    monkeypatch.setattr(quality, "train", train)
+    monkeypatch.setattr(quality, "sheet", lambda *_: None)
+    words = ["--methods", "rank-2", "--seeds", "0", "--runs", str(tmp_path / "runs.jsonl")]
+    done = CliRunner().invoke(quality.main, [*words, "--json", str(tmp_path / "q.json")])
+    assert not list((tmp_path / "work").glob("*/*"))  # no model is left, whatever came of it
+    return done
+
+
+@pytest.mark.parametrize("error", DIVERGED)
+def test_a_rate_that_diverges_for_one_subject_is_never_the_best(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = search_of_rank_2(
+        monkeypatch, tmp_path, lambda work: error if work.subject == SEARCH_SUBJECTS[1] else None
+    )
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "q.json").read_text())
-    searched = found["search"]["rank-2"]
-    assert searched[f"{RATES['rank-2']:g}"] == {"score": 0.0, "likeness": 0.0, "forgotten": 1.0}
+    first = found["search"]["rank-2"][f"{RATES['rank-2']:g}"]
+    assert (first["score"], first["diverged"]) == (0.4, 1)
     assert found["methods"]["rank-2"]["learning_rate"] == SEARCHED["rank-2"][1]
+    assert quality_table.searched(tmp_path / "q.json").count("| .40 (1 diverged) |") == 1
+
+
+def test_what_diverges_in_the_comparison_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = search_of_rank_2(
+        monkeypatch, tmp_path, lambda work: DIVERGED[0] if work.subject in SUBJECTS else None
+    )
+    assert done.exit_code == 1
+    assert f"Error: {len(SUBJECTS)} failed and are missing: compare/rank-2/mug-100" in done.output
+
+
+def test_a_base_that_is_broken_is_no_rate_that_diverges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = BaseError("base toybox gave class latents that are not finite; its weights are broken")
+    done = search_of_rank_2(monkeypatch, tmp_path, lambda work: broken)
+    assert done.exit_code == 1
+    assert not any("diverged" in run for run in read_runs(tmp_path / "runs.jsonl"))
+    assert "Error: 2 failed and are missing: search/rank-2/car-200" in done.output
+
+
+def test_a_method_that_diverges_at_every_rate_is_not_compared() -> None:
+    runs = searches()
+    bad = [
+        {**run, "diverged": "x", **dict.fromkeys(SCORES, 0.0)} if run["method"] == "full" else run
+        for run in runs
+    ]
+    assert "full" in searched(bad)
+    assert set(best_rates(bad)) == set(SEARCHED) - {"full"}
 
 
 def test_what_the_system_refuses_costs_one_run(tmp_path: Path) -> None:
+    runs = tmp_path / "runs.jsonl"
+
     def refused() -> dict[str, Any]:
         raise OSError(28, "No space left on device")
 
@@ -306,9 +384,9 @@ def test_what_the_system_refuses_costs_one_run(tmp_path: Path) -> None:
 
     @click.command()
     def command() -> None:
-        assert toybox_runs.attempt("a", tmp_path / "runs.jsonl", refused) is None
-        assert toybox_runs.attempt("b", tmp_path / "runs.jsonl", lambda: {"key": "b"}) == {"key": "b"}
-        toybox_runs.attempt("c", tmp_path / "runs.jsonl/no.jsonl", lambda: {"key": "c", "score": 3})
+        assert toybox_runs.attempt("a", refused, runs) is None
+        assert toybox_runs.attempt("b", lambda: {"key": "b"}, runs) == {"key": "b"}
+        toybox_runs.attempt("c", lambda: {"key": "c", "score": 3}, runs / "no.jsonl")
 
     done = CliRunner().invoke(command)
     assert done.exit_code == 1
@@ -317,7 +395,7 @@ def test_what_the_system_refuses_costs_one_run(tmp_path: Path) -> None:
     assert "nothing can be added to it (File exists); the line of c is above" in done.output
     assert read_runs(tmp_path / "runs.jsonl") == [{"key": "b"}]
     with pytest.raises(RuntimeError, match="a fault of ours"):
-        toybox_runs.attempt("d", tmp_path / "runs.jsonl", broken)
+        toybox_runs.attempt("d", broken, runs)
 
 
 def test_runs_that_cannot_be_added_to_are_refused_before_the_first(
@@ -333,9 +411,41 @@ def test_runs_that_cannot_be_added_to_are_refused_before_the_first(
         return opened(self, mode, *more, **other)
 
     monkeypatch.setattr(Path, "open", refused)
-    done = CliRunner().invoke(select.main, ["--runs", str(runs)])
-    assert done.exit_code == 2
-    assert "runs.jsonl: nothing can be added to it (Permission denied)" in done.output
+    for command in (quality.main, select.main):
+        done = CliRunner().invoke(command, ["--runs", str(runs)])
+        assert done.exit_code == 2
+        assert "runs.jsonl: nothing can be added to it (Permission denied)" in done.output
+    assert CliRunner().invoke(quality.main, ["--runs", str(runs), "--stage", "summary"]).exit_code == 0
+
+
+def test_a_line_that_is_written_in_part_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    class Full:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> Full:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+        def write(self, line: bytes) -> int:
+            return int(self.file.write(line[:9]))
+
+    runs = tmp_path / "runs.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda self, *words, **more: Full(opened(self, *words, **more)))
+        with pytest.raises(click.ClickException, match="the line of a is above"):
+            toybox_runs.attempt("a", lambda: {"key": "a"}, runs)
+    assert read_runs(runs) == []
+    toybox_runs.check_log(runs)  # it is the benchmark's own, all the same
+    append(runs, {"key": "b"})
+    assert read_runs(runs) == [{"key": "b"}]
 
 
 def test_without_numba_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

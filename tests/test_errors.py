@@ -17,6 +17,11 @@ from dbadapter.errors import reason
         ("Cannot read model.safetensors at 1.5.\nMore of it.", "Cannot read model.safetensors at 1.5"),
         ("Got: ConnectError: [Errno -2] Name or service not known", None),
         (" \n", "ValueError"),
+        (
+            "Weights e.g. the UNet are missing at no. 5. More",
+            "Weights e.g. the UNet are missing at no. 5. More",
+        ),
+        ("\n  It is gone. Ask others.", "It is gone"),
     ],
 )
 def test_a_reason_is_one_sentence(said: str, expected: str | None) -> None:

@@ -16,7 +16,7 @@ import click
 
 from dbadapter.errors import DbadapterError, is_out_of_memory
 
-__all__ = ["Command", "Group", "Progress", "progress_bars", "terminable", "warn"]
+__all__ = ["Command", "Group", "Progress", "progress_bars", "warn"]
 
 
 class Command(click.Command):
@@ -41,7 +41,9 @@ class Command(click.Command):
             sys.exit(error.exit_code)
         except click.UsageError as error:
             command = error.ctx.command_path if error.ctx else "dbadapter"
-            _fail(f"{error.format_message()} See '{command} --help'.", error.exit_code)
+            message = error.format_message()
+            stop = "" if message.endswith((".", "?", "!")) else "."
+            _fail(f"{message}{stop} See '{command} --help'.", error.exit_code)
         except click.ClickException as error:
             _fail(error.format_message(), error.exit_code)
         except click.Abort:
