@@ -171,7 +171,8 @@ def test_results_are_drawn(name: str, tmp_path: Path) -> None:
     done = CliRunner().invoke(plot.main, [str(path), str(tmp_path / "new/bars.png")])
     assert done.exit_code == 0, done.output
     drawn, kept = (Image.open(each) for each in (tmp_path / "new/bars.png", path.with_suffix(".png")))
-    assert (drawn.size, drawn.tobytes()) == (kept.size, kept.tobytes()), f"draw it again: python -m benchmarks.plot {path}"
+    again = f"draw it again: python -m benchmarks.plot {path}"
+    assert (drawn.size, drawn.tobytes()) == (kept.size, kept.tobytes()), again
 
 
 def test_bars_are_the_figures() -> None:
