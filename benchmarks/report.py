@@ -173,8 +173,8 @@ def of_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Args:
         runs: lines of a benchmark's file; nothing comes back where none tells a machine.
     Returns:
-        `machine`: the last one's, with every processor, the `instructions` that any of them has, the last
-        `date`, and the first as `since`; `threads`, where it was one number.
+        `machine`: the last one's, with every processor, the `instructions` that any of them has (where all
+        tell theirs), the last `date`, and the first as `since`; `threads`, where it was one number.
     """
     told = [run["machine"] for run in runs if _is_machine(run.get("machine"))]
     if not told:
@@ -182,8 +182,9 @@ def of_runs(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     told.sort(key=lambda about: str(about["date"]))
     processors = " and ".join(sorted({about["processor"] for about in told}))
     found: dict[str, Any] = {**told[-1], "processor": processors, "since": told[0]["date"]}
-    if any("instructions" in about for about in told):
-        had = {str(name) for about in told for name in about.get("instructions", ())}
+    found.pop("instructions", None)
+    if all("instructions" in about for about in told):
+        had = {str(name) for about in told for name in about["instructions"]}
         found["instructions"] = [name for name in _INSTRUCTIONS if name in had]
     threads = [run.get("threads") for run in runs]
     same = isinstance(threads[0], int) and all(number == threads[0] for number in threads)

@@ -116,6 +116,8 @@ def test_a_machine_that_cannot_be_read_is_passed_over() -> None:
     assert found == {
         "machine": {**about, "since": "2026-02-01", "instructions": ["avx2", "avx512_bf16"]},
     }
+    untold = {"machine": {"date": "2026-02-02", "processor": "B"}}
+    assert "instructions" not in report.of_runs([*told, untold])["machine"]
     assert report.of_runs(told[:1]) == {}
 
 
