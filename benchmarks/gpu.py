@@ -56,8 +56,8 @@ def run_part(name: str, settings: Mapping[str, Any], seconds: float) -> Record:
         settings: of `gpu_parts.Settings`, with `done`: cells by name.
         seconds: after which it and all that it started is ended.
     Returns:
-        `cells`, `left` (names of cells that are not done; none is known where the process did not come to its
-        first), `reason` (why, where the process was ended).
+        `cells`, `left` (names of cells that are not done; none is known where no process came to its first),
+        `reason` (why, where the process was ended).
     """
     work, until = Path(settings["work"]), time.monotonic() + seconds
     work.mkdir(parents=True, exist_ok=True)
@@ -74,8 +74,7 @@ def run_part(name: str, settings: Mapping[str, Any], seconds: float) -> Record:
         if code == 0:
             return {"cells": found["cells"], "left": found["left"], "reason": None}
         if code is None or found["running"] is None:  # out of time, or not in a cell: no second try
-            left = [*found["left"], *([found["running"]] if found["running"] else [])]
-            return {"cells": found["cells"], "left": left, "reason": reason}
+            return {"cells": found["cells"], "left": _rest(found), "reason": reason}
         done, rest = found["cells"] | {found["running"]: {"failed": reason}}, found["left"]
 
 
@@ -126,6 +125,11 @@ def _record(path: Path, done: Mapping[str, Any]) -> Record:
     nothing = {"cells": dict(done), "left": [], "running": None}
     found: Record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else nothing
     return found
+
+
+def _rest(record: Mapping[str, Any]) -> list[str]:
+    """Return the cells that are not done, the one in which the process ended with them."""
+    return [*record["left"], *([record["running"]] if record["running"] else [])]
 
 
 def state_of(record: Mapping[str, Any]) -> str:
@@ -191,11 +195,10 @@ def measure(
             record = run(name, {**settings, "done": done}, remaining)
         except Exception as error:  # the other parts may go well
             found, reason = _record(_place(name, settings), done), f"{type(error).__name__}: {error}"
-            record = {"cells": found["cells"], "left": found["left"], "reason": reason.splitlines()[0]}
+            record = {"cells": found["cells"], "left": _rest(found), "reason": reason.splitlines()[0]}
         except BaseException:  # an interrupt: what the part's process had finished is kept
             found = _record(_place(name, settings), done)
-            rest = [*found["left"], *([found["running"]] if found["running"] else [])]
-            put(name, {"cells": found["cells"], "left": rest, "reason": "interrupted"}, at)
+            put(name, {"cells": found["cells"], "left": _rest(found), "reason": "interrupted"}, at)
             raise
         put(name, record, at)
     out["left"] = left(out["parts"], parts)

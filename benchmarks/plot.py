@@ -59,16 +59,25 @@ def groups_of(found: Any) -> Groups:
 
 
 def save(found: Any, path: Path) -> None:
-    """Draw a result, or say that there is nothing to draw: then an earlier plot stays.
+    """Draw a result as PNG.
 
     Raises:
-        ClickException: it cannot be written.
-        ValueError: as `groups_of`.
+        ClickException: it cannot be drawn, nothing in it was measured, or the file cannot be written; an
+            earlier plot stays.
     """
-    if groups := groups_of(found):
-        report.save_image(bar_chart(groups), path)
-    else:
-        click.echo(f"{path} is not written: nothing was measured", err=True)
+    try:
+        groups = groups_of(found)
+    except ValueError as error:
+        raise click.ClickException(f"{path} is not written: {error}; measure it again") from None
+    if not groups:
+        raise click.ClickException(f"{path} is not written: nothing was measured; run the benchmark again")
+    report.save_image(bar_chart(groups), path)
+
+
+def _number(value: Any) -> float:
+    if not report.is_number(value):
+        raise TypeError(f"not a number: {value!r}")
+    return float(value)
 
 
 def _cost(found: Mapping[str, Any]) -> Groups:
@@ -85,7 +94,9 @@ def _cost(found: Mapping[str, Any]) -> Groups:
                 ("file, MB", lambda side: side["file_bytes"] and side["file_bytes"] / MB),
             ):
                 values = {
-                    LABELS[name]: value for name, side in sides.items() if (value := of(side)) is not None
+                    LABELS[name]: _number(value)
+                    for name, side in sides.items()
+                    if (value := of(side)) is not None
                 }
                 if values:
                     where = (
@@ -110,7 +121,7 @@ def _gpu(found: Mapping[str, Any]) -> Groups:
             ),
         }.get(kind, ()):
             cells = {
-                LABELS.get(name, name): cell[figure] * factor
+                LABELS.get(name, name): _number(cell[figure]) * factor
                 for name, cell in about["cells"].items()
                 if figure in cell
             }
@@ -125,9 +136,10 @@ def _gpu(found: Mapping[str, Any]) -> Groups:
 def main(json_path: Path, plot_path: Path) -> None:
     """Draw a result of benchmarks.cost or benchmarks.gpu."""
     try:
-        save(json.loads(json_path.read_text(encoding="utf-8")), plot_path)
+        found = json.loads(json_path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise click.ClickException(f"{json_path} cannot be drawn: {error}") from None
+        raise click.ClickException(f"{json_path} is no JSON ({error}): give a benchmark's") from None
+    save(found, plot_path)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ from benchmarks.toybox_runs import (
     check_log,
     complain,
     finished,
+    keep_sheet,
     read_runs,
-    sheet,
     train,
 )
 from dbadapter.base import pick_device, pick_precision
@@ -55,7 +55,10 @@ from dbadapter.errors import DbadapterError
 RUNS = Path("benchmarks/results/quality.jsonl")
 PATIENCE = 3600.0  # seconds without a run, of which one takes minutes
 #: What `train` says, and scoring, where the rate was too high.
-DIVERGED = ("the loss is not finite", "the training diverged", "gave values that are not finite")
+DIVERGED = (
+    *("the loss is not finite", "the gradients overflow in fp16", "the training diverged"),
+    "gave values that are not finite",
+)
 
 
 class DivergedError(click.ClickException):
@@ -111,7 +114,7 @@ def trained(bench: Bench, work: Work) -> dict[str, Any]:
         raise
     finally:
         shutil.rmtree(output, ignore_errors=True)  # a whole model a run fills a disk
-    sheet(evaluator, before, {work.method: scores}, output.with_name(f"{output.name}.png"))
+    keep_sheet(evaluator, before, {work.method: scores}, output.with_name(f"{output.name}.png"))
     return {"guidance_scale": evaluator.settings.guidance_scale, **figures, **asdict(cost)}
 
 

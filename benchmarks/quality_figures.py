@@ -104,8 +104,8 @@ def summary(runs: Sequence[Run], *, quick: bool = False) -> dict[str, Any]:
     """Return the search, means with intervals over subjects, and differences from both main methods.
 
     A run counts in the main precision where it was made in it, else in the other, which moves next to nothing
-    (`apart`); seconds and memory are of the main precision alone. A method that has none at its own rate is
-    given those of another (`costs_at_rate`), which the rate does not change.
+    (`apart`); seconds and memory are of the main precision alone. A method that has none of all its subjects
+    at its own rate is given those of another (`costs_at_rate`), which the rate does not change.
     """
     methods: dict[str, Any] = {}
     everything = fresh(runs, quick=quick)

@@ -53,10 +53,11 @@ FIGURES = (
 COSTS = frozenset({"cpu_seconds", "peak_memory_mb"})
 #: Without these, a seed, a rate and `SCORES` a line is no run.
 _WORDS = ("stage", "method", "subject", "precision", "recipe")
+#: What it tells of the base at the least.
+_BEFORE = ("subject_fidelity", "prompt_fidelity", "noun_agreement")
 #: What a search looks at; from 0, the worst, to 1.
 SCORES = ("score", "likeness", "class_kept", "class_spread", "class_obedience")
 #: What a comparison needs beside; seconds and memory may be missing.
-_BEFORE = ("subject_fidelity", "prompt_fidelity", "noun_agreement")  # and what else the run tells
 _COMPARED = tuple(name for name in FIGURES if name != "forgotten" and name not in COSTS)
 
 
@@ -99,6 +100,8 @@ def has(run: Run, figure: str) -> bool:
 
 def search(runs: Sequence[Run]) -> dict[str, dict[str, dict[str, float]]]:
     """Return method -> rate -> mean score, likeness and what was forgotten, over its subjects.
+
+    With `diverged`, the number of its runs that did, where there are any.
 
     Runs of every precision count: next to the rate it moves nothing (`other_precisions` in the summary).
     """

@@ -47,7 +47,7 @@ class _Place(click.Path):
 
     Args:
         suffix: that the name must have, so that no file of another kind is replaced.
-        appended: what is there stays, and its folder is of no matter.
+        appended: what is there stays, and then its folder is of no matter.
     """
 
     def __init__(self, suffix: str = "", *, appended: bool = False, **more: Any) -> None:

@@ -33,8 +33,8 @@ from benchmarks.toybox_runs import (
     check_log,
     complain,
     finished,
+    keep_sheet,
     read_runs,
-    sheet,
     train,
 )
 from dbadapter.adapter_file import read_adapter
@@ -70,7 +70,7 @@ def run(bench: Bench, kind: str, subject: Subject, *, quick: bool) -> dict[str, 
                 curve.replace(bench.work / subject.name / f"{kind}-selection.png")
         finally:
             shutil.rmtree(output, ignore_errors=True)
-    sheet(evaluator, before, drawn, bench.work / subject.name / f"{kind}.png")
+    keep_sheet(evaluator, before, drawn, bench.work / subject.name / f"{kind}.png")
     return {
         "key": _key(kind, subject, quick=quick),
         "kind": kind,

@@ -139,8 +139,8 @@ def measure(
         output = folder / variant
         cost = train(folder / "photographs", output, subject.noun, [*options, *VARIANTS[variant]])
         file = output / "subject.safetensors"
-        lora.apply(base.pipeline, {file: 1.0})
         try:
+            lora.apply(base.pipeline, {file: 1.0})
             after, class_after = drawn()
         finally:  # the next subject begins with the base
             lora.apply(base.pipeline, {})

@@ -41,8 +41,8 @@ __all__ = [
     "check_renderer",
     "complain",
     "finished",
+    "keep_sheet",
     "read_runs",
-    "sheet",
     "train",
 ]
 
@@ -156,8 +156,11 @@ class Bench:
         }
 
 
-def sheet(evaluator: Evaluator, before: Scores, found: dict[str, Scores], path: Path) -> None:
-    """Keep a picture of the photographs, and of the test places and the class by the base and each model."""
+def keep_sheet(evaluator: Evaluator, before: Scores, found: dict[str, Scores], path: Path) -> None:
+    """Keep a picture of the photographs, and of the test places and the class by the base and each model.
+
+    One that cannot be written is told, and loses no figures.
+    """
     seeds = evaluator.settings.num_images_per_prompt
     rows, notes = [list(evaluator.photographs)], ["photographs"]
     for name, scores in found.items():
@@ -166,7 +169,10 @@ def sheet(evaluator: Evaluator, before: Scores, found: dict[str, Scores], path: 
     for name, scores in {"base": before, **found}.items():
         rows.append(scores.drawn["class"][: len(TEST_CONTEXTS)])
         notes.append(f"class, {name}")
-    grid(rows, notes, list(TEST_CONTEXTS)).save(path)
+    try:
+        report.save_image(grid(rows, notes, list(TEST_CONTEXTS)), path)
+    except click.ClickException as error:
+        click.echo(error.message, err=True)
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
@@ -188,7 +194,7 @@ def read_runs(path: Path) -> list[dict[str, Any]]:
 
 
 def check_log(path: Path, *, written: bool = True) -> None:
-    """Pass if runs may be added to a file: there is none, it holds some, or nothing that was whole once.
+    """Pass if runs may be added to a file: there is none, it is empty, or it holds some, whole or cut.
 
     Args:
         written: whether any will be; else it is read alone.
@@ -197,7 +203,9 @@ def check_log(path: Path, *, written: bool = True) -> None:
     """
     if not path.exists():
         return
-    if not read_runs(path) and any(map(_is_json, path.read_bytes().splitlines())):
+    begin = b'{"key": '
+    lines = [line for line in path.read_bytes().splitlines() if line.strip()]
+    if not read_runs(path) and not all(begin.startswith(line[: len(begin)]) for line in lines):
         raise click.UsageError(
             f"--runs {path} holds no line of a run: name the benchmark's own file, or a new one"
         )
@@ -206,14 +214,6 @@ def check_log(path: Path, *, written: bool = True) -> None:
             path.open("ab").close()
         except OSError as error:
             raise click.UsageError(f"--runs {path}: nothing can be added to it ({error.strerror})") from None
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
 
 
 def finished(
@@ -254,8 +254,8 @@ def complain(failed: Sequence[str], unsearched: Sequence[str] = (), cure: str = 
         raise click.ClickException(f"{len(failed)} failed and are missing: {', '.join(failed)}; {cure}")
     if unsearched:
         raise click.ClickException(
-            f"no rate is known for {', '.join(unsearched)}: run --stage search, wait for the other --part, "
-            "or search lower ones where training diverged at all"
+            f"no rate is known for {', '.join(unsearched)}: run --stage search or wait for the other --part; "
+            "where training diverged at every rate, add lower ones to SEARCHED in benchmarks/quality_plan.py"
         )
 
 
@@ -277,7 +277,8 @@ def attempt(key: str, run: Callable[[], dict[str, Any]], path: Path | None = Non
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
-        click.echo(f"{key}: {type(error).__name__}: {reason(error)}", err=True)
+        short = "out of memory: close other programs" if is_out_of_memory(error) else reason(error)
+        click.echo(f"{key}: {short}", err=True)
         return None
     if path is not None:
         try:

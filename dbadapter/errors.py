@@ -73,5 +73,6 @@ def is_out_of_memory(error: BaseException) -> bool:
 def reason(error: BaseException) -> str:
     """Return why a library failed: its error's first sentence, or the error's kind if it has no words."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A full stop before a capital, but not that of an abbreviation.
-    return re.split(r"(?<=\w{3})\.\s+(?=[A-Z])", lines[0])[0].rstrip(".") if lines else type(error).__name__
+    # A full stop before what begins a sentence, but not that of an abbreviation.
+    ends = r"(?<!e\.g)(?<!i\.e)(?<!\betc)(?<!\bvs)\.\s+(?=[A-Z(`'\"])"
+    return re.split(ends, lines[0])[0].rstrip(".") if lines else type(error).__name__

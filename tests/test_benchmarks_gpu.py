@@ -157,6 +157,23 @@ def test_a_cell_in_which_the_process_died_is_told_and_the_part_goes_on(
     assert gpu.state_of(found) == "done"
 
 
+def test_a_second_try_that_comes_to_nothing_knows_what_the_first_had_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def ended(name: str, told: Mapping[str, Any], path: Path, log: Path, seconds: float) -> tuple[int, str]:
+        tries.append(name)
+        if len(tries) == 1:
+            path.write_text(json.dumps({"cells": {"a": {}}, "left": ["c"], "running": "b"}))
+        return -9, "the process ended with -9: no word"
+
+    monkeypatch.setattr(gpu, "_ended", ended)
+    found = gpu.run_part("limits", {**SETTINGS, "work": str(tmp_path), "done": {}}, 60)
+    assert (len(tries), set(found["cells"]), found["left"]) == (2, {"a", "b"}, ["c"])
+    assert gpu.state_of(found) == "partial"
+
+
 def test_a_part_out_of_time_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     found = gpu.run_part("limits", {**SETTINGS, "work": str(tmp_path), "done": {"x": {"seconds": 1}}}, 0.2)
     assert "the budget was used up" in found["reason"]

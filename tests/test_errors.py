@@ -19,9 +19,11 @@ from dbadapter.errors import reason
         (" \n", "ValueError"),
         (
             "Weights e.g. the UNet are missing at no. 5. More",
-            "Weights e.g. the UNet are missing at no. 5. More",
+            "Weights e.g. the UNet are missing at no. 5",
         ),
         ("\n  It is gone. Ask others.", "It is gone"),
+        ("404 Client Error. (Request ID: Root=1-2)", "404 Client Error"),
+        ("It is locked (os error 2). Try again.", "It is locked (os error 2)"),
     ],
 )
 def test_a_reason_is_one_sentence(said: str, expected: str | None) -> None:
