@@ -185,7 +185,11 @@ def _costs_elsewhere(others: Sequence[Run], method: str, subjects: int) -> dict[
         there = [run for run in others if run["rate"] == rate and run.keys() >= COSTS]
         found = _figures(there, method)
         if found and found["subjects"] == subjects and found["seeds"] > best.get("seeds", 0):
-            best = {**{name: found[name] for name in COSTS}, "costs_at_rate": rate, "seeds": found["seeds"]}
+            best = {
+                **{name: found[name] for name in sorted(COSTS)},
+                "costs_at_rate": rate,
+                "seeds": found["seeds"],
+            }
     best.pop("seeds", None)
     return best
 
