@@ -180,18 +180,13 @@ def _costs_elsewhere(others: Sequence[Run], method: str, subjects: int) -> dict[
     Returns:
         The two with `costs_at_rate`; nothing where there are none.
     """
-    best: dict[str, Any] = {}
-    for rate in sorted({run["rate"] for run in others if run["method"] == method}):
-        there = [run for run in others if run["rate"] == rate and run.keys() >= COSTS]
-        found = _figures(there, method)
-        if found and found["subjects"] == subjects and found["seeds"] > best.get("seeds", 0):
-            best = {
-                **{name: found[name] for name in sorted(COSTS)},
-                "costs_at_rate": rate,
-                "seeds": found["seeds"],
-            }
-    best.pop("seeds", None)
-    return best
+    rates = sorted({run["rate"] for run in others if run["method"] == method})
+    there = [[run for run in others if run["rate"] == rate and run.keys() >= COSTS] for rate in rates]
+    found = [about for runs in there if (about := _figures(runs, method)) and about["subjects"] == subjects]
+    if not found:
+        return {}
+    best = max(found, key=lambda about: about["seeds"])
+    return {**{name: best[name] for name in sorted(COSTS)}, "costs_at_rate": best["learning_rate"]}
 
 
 def _other_rates(others: Sequence[Run], runs: Sequence[Run]) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ FIRST = (
     "test_training.py",
     "test_training_endings.py",
     "test_benchmarks_quality_commands.py",
+    "test_benchmarks_select.py",
 )
 
 

@@ -1,4 +1,4 @@
-"""The commands `benchmarks.quality` and `benchmarks.select`: what is run and what is not run again."""
+"""The commands `benchmarks.quality` and `benchmarks.select`: what is run, refused, and not run again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytest.importorskip("numba", reason="the benchmarks draw their own pictures")
 import click
 from click.testing import CliRunner, Result
 
-from benchmarks import class_noun, quality, quality_table, report, select, subject, toybox_runs
+from benchmarks import class_noun, quality, quality_table, select, subject, toybox_runs
 from benchmarks import toybox as toybox_benchmark
 from benchmarks.quality_figures import summary
 from benchmarks.quality_plan import (
@@ -26,7 +26,7 @@ from benchmarks.quality_plan import (
     SUBJECTS,
     Work,
 )
-from benchmarks.quality_runs import SCORES, best_rates, fresh, searched
+from benchmarks.quality_runs import SCORES, best_rates, searched
 from benchmarks.toybox_runs import append, read_runs
 from dbadapter.errors import BaseError
 from dbadapter.toybox.subjects import Subject
@@ -53,72 +53,6 @@ def test_time_that_is_over_leaves_a_summary(tmp_path: Path) -> None:
     done = CliRunner().invoke(quality.main, words)
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "q.json").read_text())["compared"] == 0
-
-
-def test_a_line_that_was_cut_is_run_again(tmp_path: Path) -> None:
-    runs = tmp_path / "runs.jsonl"
-    append(runs, {"key": "a", "score": 1})
-    append(runs, {"key": "b", "score": 2})
-    with runs.open("a") as file:
-        file.write('{"key": "c", "sco')
-    assert [run["key"] for run in read_runs(runs)] == ["a", "b"]
-    append(runs, {"key": "d"})
-    append(runs, {"key": "e"})
-    assert [run["key"] for run in read_runs(runs)] == ["a", "b", "d", "e"]
-    with runs.open("ab") as file:
-        file.write(b'3\nnull\n{"score": 1}\n{"key": 1}\n"\xff"\n\0\0\n')
-    append(runs, {"key": "f", "quick": False, "precision": PRECISION, "method": "no more"})
-    append(runs, {**line("adapter", "a", 0, 0.5), "key": "g", "method": "no more", "recipe": None})
-    append(runs, {**line("adapter", "a", 0, 0.5), "key": "h", "method": ["adapter"]})
-    append(runs, {name: of for name, of in line("adapter", "a", 0, 0.5).items() if name != "stage"})
-    keys = [run["key"] for run in read_runs(runs)]
-    assert keys == ["a", "b", "d", "e", "f", "g", "h", line("adapter", "a", 0, 0.5)["key"]]
-    assert fresh(read_runs(runs)) == []
-    assert select.fresh(read_runs(runs)) == []
-    assert read_runs(tmp_path / "none.jsonl") == []
-
-
-DAMAGED = {
-    "score": None,
-    "drift": "0.5",
-    "seed": True,
-    "rate": float("nan"),
-    "subject": ["a"],
-    "precision": [1],
-    "before": {"drift": 0.5},
-    "bytes": {},
-    "class_kept": -0.5,
-    "ceiling": 10**400,
-}
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_line_costs_itself_alone(name: str) -> None:
-    whole = line("adapter", "a", 0, 0.5)
-    assert fresh([whole]) == [whole]
-    assert fresh([{**whole, name: DAMAGED[name]}]) == []
-    without = {key: value for key, value in whole.items() if key != name}
-    assert fresh([without]) == []
-
-
-def test_a_machine_that_cannot_be_read_is_passed_over() -> None:
-    about = {"date": "2026-02-03", "processor": "B", "instructions": ["avx2"]}
-    odd = {"date": "2026-02-04", "processor": "C", "instructions": 3}
-    other = {"date": "2026-02-01", "processor": "B", "instructions": ["avx2", "avx512_bf16"]}
-    told = [
-        {"machine": {}},
-        {"machine": about, "threads": [1]},
-        {"machine": 3},
-        {"machine": odd},
-        {"machine": other},
-    ]
-    found = report.of_runs(told)
-    assert found == {
-        "machine": {**about, "since": "2026-02-01", "instructions": ["avx2", "avx512_bf16"]},
-    }
-    untold = {"machine": {"date": "2026-02-02", "processor": "B"}}
-    assert "instructions" not in report.of_runs([*told, untold])["machine"]
-    assert report.of_runs(told[:1]) == {}
 
 
 def test_a_run_in_another_precision_is_run_again_only_on_request(
@@ -163,62 +97,6 @@ def test_quick_lines_count_as_no_runs(tmp_path: Path, monkeypatch: pytest.Monkey
     assert json.loads((tmp_path / "q.json").read_text())["methods"]["adapter"]["score"]["value"] == 0.6
     assert len(read_runs(runs)) == len(searches()) + 1 + len(made)
     assert summary(read_runs(runs), quick=True)["methods"]["adapter"]["score"]["value"] == 0.5
-
-
-def test_a_summary_tells_its_runs_machine() -> None:
-    def run(day: str, processor: str, **more: Any) -> dict[str, Any]:
-        return {"machine": {"date": day, "processor": processor, "cores": 2}, "threads": 1, **more}
-
-    runs = [run("2026-02-03", "B"), run("2026-02-01", "A"), {"threads": 1}]
-    found = report.of_runs(runs)
-    about = {"processor": "A and B", "cores": 2, "date": "2026-02-03", "since": "2026-02-01"}
-    assert found == {"machine": about, "threads": 1}
-    assert "threads" not in report.of_runs([*runs, run("2026-02-02", "A", threads=2)])
-    assert report.of_runs([{"threads": 1}]) == {}
-
-
-def test_best_against_last_by_hand(tmp_path: Path) -> None:
-    def row(subject: str, best: float, last: float) -> dict[str, Any]:
-        sides = {
-            side: {**dict.fromkeys(select.COMPARED, value), "step": 3, "seconds": 1.0, "cpu_seconds": 1.0}
-            for side, value in (("best", best), ("last", last))
-        }
-        return {
-            "key": subject,
-            "kind": "overfitting",
-            "subject": subject,
-            "precision": PRECISION,
-            "quick": False,
-            "recipe": select.recipe("overfitting"),
-            **sides,
-        }
-
-    others = [{**row("b", 0.8, 0.5), "recipe": recipe} for recipe in ("older", None)]
-    unknown = [{**row("b", 0.8, 0.5), "kind": kind} for kind in ("no more", ["overfitting"])]
-    assert select.fresh([row("a", 0.8, 0.5), *others, *unknown]) == [row("a", 0.8, 0.5)]
-    whole = select.summary([row("a", 0.8, 0.5), row("b", 0.6, 0.5)])
-    found = whole["overfitting"]
-    assert found["best"]["score"] == 0.7
-    assert found["best_minus_last"]["score"]["value"] == pytest.approx(0.2)
-    assert found["subjects"] == 2
-    (tmp_path / "s.json").write_text(json.dumps({"quick": False, **whole}))
-    shown = quality_table.chosen(tmp_path / "s.json").splitlines()
-    assert "| overfitting | score | .70 | .50 | +.200 [-1.800, +2.200] |" in shown
-    assert shown[-2] == "| overfitting | step | 3 | 3 |  |"
-
-
-def test_shares_of_pictures_that_are_alike_are_no_certainty() -> None:
-    side = {**dict.fromkeys(select.COMPARED, 0.5), "step": 3, "seconds": 1.0, "cpu_seconds": 1.0}
-    rows = [{"kind": "default", "precision": PRECISION, "best": side, "last": side}] * 4
-    found = select.summary(rows)["default"]["best_minus_last"]
-    for name in ("class_obedience", "class_fidelity", "obedience"):
-        assert found[name]["low"] < 0 < found[name]["high"]
-    assert found["drift"]["low"] == found["drift"]["high"] == 0
-
-
-def test_committed_runs_of_select_are_of_todays_recipe() -> None:
-    runs = read_runs(select.RUNS)
-    assert len(select.fresh(runs)) == len(runs) == 2 * len(SUBJECTS)
 
 
 @pytest.mark.parametrize("command", [quality.main, select.main])
@@ -377,81 +255,6 @@ def test_a_method_that_diverges_at_every_rate_is_not_compared() -> None:
     assert set(best_rates(bad)) == set(SEARCHED) - {"full"}
 
 
-def test_what_the_system_refuses_costs_one_run(tmp_path: Path) -> None:
-    runs = tmp_path / "runs.jsonl"
-
-    def refused() -> dict[str, Any]:
-        raise OSError(28, "No space left on device")
-
-    def broken() -> dict[str, Any]:
-        raise RuntimeError("a fault of ours")
-
-    @click.command()
-    def command() -> None:
-        assert toybox_runs.attempt("a", refused, runs) is None
-        assert toybox_runs.attempt("b", lambda: {"key": "b"}, runs) == {"key": "b"}
-        toybox_runs.attempt("c", lambda: {"key": "c", "score": 3}, runs / "no.jsonl")
-
-    done = CliRunner().invoke(command)
-    assert done.exit_code == 1
-    assert "a: [Errno 28] No space left on device" in done.output
-    assert '{"key": "c", "score": 3}' in done.output
-    assert "nothing can be added to it (File exists); the line of c is above" in done.output
-    assert read_runs(tmp_path / "runs.jsonl") == [{"key": "b"}]
-    with pytest.raises(RuntimeError, match="a fault of ours"):
-        toybox_runs.attempt("d", broken, runs)
-
-
-def test_runs_that_cannot_be_added_to_are_refused_before_the_first(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = tmp_path / "runs.jsonl"
-    append(runs, searches()[0])
-    opened = Path.open
-
-    def refused(self: Path, mode: str = "r", *more: Any, **other: Any) -> Any:
-        if "a" in mode:
-            raise PermissionError(13, "Permission denied")
-        return opened(self, mode, *more, **other)
-
-    monkeypatch.setattr(Path, "open", refused)
-    for command in (quality.main, select.main):
-        done = CliRunner().invoke(command, ["--runs", str(runs)])
-        assert done.exit_code == 2
-        assert "runs.jsonl: nothing can be added to it (Permission denied)" in done.output
-    assert CliRunner().invoke(quality.main, ["--runs", str(runs), "--stage", "summary"]).exit_code == 0
-
-
-def test_a_line_that_is_written_in_part_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = Path.open
-
-    class Full:
-        def __init__(self, file: Any) -> None:
-            self.file = file
-
-        def __enter__(self) -> Full:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.file, name)
-
-        def write(self, line: bytes) -> int:
-            return int(self.file.write(line[:9]))
-
-    runs = tmp_path / "runs.jsonl"
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "open", lambda self, *words, **more: Full(opened(self, *words, **more)))
-        with pytest.raises(click.ClickException, match="the line of a is above"):
-            toybox_runs.attempt("a", lambda: {"key": "a"}, runs)
-    assert read_runs(runs) == []
-    toybox_runs.check_log(runs)  # it is the benchmark's own, all the same
-    append(runs, {"key": "b"})
-    assert read_runs(runs) == [{"key": "b"}]
-
-
 def test_without_numba_nothing_is_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(toybox_runs, "find_spec", lambda name: None)
     with pytest.raises(click.ClickException, match=r"pip install 'dbadapter\[pretrain\]'"):
@@ -551,16 +354,3 @@ def test_a_part_waits_in_vain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     done = CliRunner().invoke(quality.main, words)
     assert done.exit_code == 1
     assert "no other part seems to be at work" in done.output
-
-
-def test_a_quick_run_of_select(tmp_path: Path) -> None:
-    words = ["--quick", "--runs", str(tmp_path / "runs.jsonl"), "--work-dir", str(tmp_path / "work")]
-    done = CliRunner().invoke(select.main, [*words, "--json", str(tmp_path / "a.json")])
-    assert done.exit_code == 0, done.output
-    about = json.loads((tmp_path / "a.json").read_text())["overfitting"]
-    assert about["subjects"] == 1
-    assert about["best"]["step"] <= about["last"]["step"] == 3
-    assert sorted(path.name for path in (tmp_path / "work/mug-100").glob("*.png")) == [
-        "overfitting-selection.png",
-        "overfitting.png",
-    ]
